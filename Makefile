@@ -1,0 +1,41 @@
+# The two to begin with: make demo, make test. `make help` lists the rest.
+
+PYTHON ?= python3
+PY := .venv/bin/python
+BENCH ?=
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint types check proto bench clean
+
+help: ## Lists the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: ## Makes .venv ready: quick when it is, 6 minutes and 9 GB the first time on a machine.
+	@$(PYTHON) scripts/setup.py
+
+demo: setup ## Starts a mesh of two engines, shows the three strategies side by side, and stops it.
+	@.venv/bin/kvmesh demo
+
+test: setup ## Runs all tests; TESTS=tests/unit runs some.
+	@$(PY) -m pytest $(TESTS)
+
+lint: setup ## Looks over the code with ruff.
+	@$(PY) -m ruff check .
+	@$(PY) -m ruff format --check --quiet . || { echo "run: $(PY) -m ruff format ."; exit 1; }
+
+types: setup ## Checks the types with mypy.
+	@$(PY) -m mypy
+
+check: lint types ## lint and types.
+
+proto: ## Generates the gRPC code from protos/ again.
+	@rm -f .venv/kvmesh-stamp
+	@$(PYTHON) scripts/setup.py
+
+bench: setup ## Measures this machine: start, router overhead, copy rate; BENCH hands options on.
+	@$(PY) -m benchmarks $(BENCH)
+
+clean: ## Removes what was built in this clone; the environment that all clones share stays.
+	@rm -rf .venv build kvmesh.egg-info .mypy_cache .ruff_cache .pytest_cache
+	@rm -f kvmesh/v1/*_pb2.py kvmesh/v1/*_pb2.pyi kvmesh/v1/*_pb2_grpc.py kvmesh/v1/*_pb2_grpc.pyi

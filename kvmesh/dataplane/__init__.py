@@ -1,0 +1,1 @@
+"""How KV moves between pools: layouts, slots, and one module a transport."""

@@ -1,0 +1,202 @@
+"""The commands that talk to a router, or read what it left: status, generate, strategy, trace."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from kvmesh.errors import NotFound
+from kvmesh.local.find import router_address, router_options
+
+
+@click.command()
+@router_options
+@click.option("--json", "as_json", is_flag=True, help="The router's answer as JSON.")
+def status(router: str, name: str, as_json: bool) -> None:
+    """Shows engines, their load, and the strategy in force."""
+    from google.protobuf.json_format import MessageToJson
+    from rich.console import Console
+
+    from kvmesh.client import Client
+    from kvmesh.local.show import mesh_page
+
+    address = router_address(router, name)
+    with Client(address) as client:
+        mesh = client.mesh()
+    if as_json:
+        click.echo(MessageToJson(mesh, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
+    else:
+        Console(highlight=False).print(mesh_page(mesh, address, [] if router else ended(name)))
+
+
+def ended(name: str) -> list[str]:
+    """Processes of the local mesh that have ended, each with how."""
+    from kvmesh.local.state import MeshDir
+
+    state = MeshDir(name).load()
+    return [f"{p.name} {p.state}" for p in state.processes if not p.id.alive()] if state else []
+
+
+def _pairs(_context: click.Context, _param: click.Parameter, given: Sequence[str]) -> dict[str, str]:
+    pairs: dict[str, str] = {}
+    for pair in given:
+        key, equals, value = pair.partition("=")
+        if not key or not equals:
+            raise click.BadParameter(f"{pair!r} is not KEY=VALUE")
+        pairs[key] = value
+    return pairs
+
+
+def _ids(_context: click.Context, _param: click.Parameter, given: str | None) -> list[int] | None:
+    if given is None:
+        return None
+    try:
+        return [int(part) for part in given.replace(",", " ").split()]
+    except ValueError:
+        raise click.BadParameter(f"{given!r} is not a list of token ids such as 1,2,3") from None
+
+
+@click.command()
+@click.argument("text", required=False)
+@click.option("--tokens", callback=_ids, metavar="1,2,3", help="A prompt of token ids in place of text.")
+@click.option("--strategy", default="", metavar="NAME", help="[default: the strategy in force]")
+@click.option("--param", "params", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="A strategy parameter.")
+@click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
+@click.option("--request-id", default="", help="[default: the router makes one]")
+@click.option("--max-new-tokens", type=int, help="[default: 128]")
+@click.option("--temperature", type=float, help="0 is greedy. [default: 1]")
+@click.option("--top-p", type=float)
+@click.option("--top-k", type=int)
+@click.option("--min-p", type=float)
+@click.option("--frequency-penalty", type=float)
+@click.option("--presence-penalty", type=float)
+@click.option("--repetition-penalty", type=float)
+@click.option("--seed", type=int)
+@click.option("--stop", "stop_strings", multiple=True, metavar="STR", help="End before this text; may be repeated.")
+@click.option("--stop-token", "stop_token_ids", multiple=True, type=int, metavar="ID", help="End after this token.")
+@click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the end-of-sequence token.")
+@click.option("--logprobs", is_flag=True, default=None, help="With --json: log-probabilities of the chosen tokens.")
+@click.option("--json", "as_json", is_flag=True, help="One JSON object at the end in place of text.")
+@router_options
+def generate(
+    text: str | None,
+    tokens: list[int] | None,
+    strategy: str,
+    params: dict[str, str],
+    timeout: float,
+    request_id: str,
+    as_json: bool,
+    router: str,
+    name: str,
+    **sampling: Any,
+) -> None:
+    """Sends one prompt and streams the answer.
+
+    "-" reads the prompt from standard input.
+    """
+    from kvmesh.client import Client
+    from kvmesh.local.show import Screen, result_json, result_page
+
+    if (text is None) == (tokens is None):
+        raise click.UsageError("give a prompt: either TEXT or --tokens")
+    prompt: str | list[int] = tokens if text is None else text  # type: ignore[assignment]
+    if prompt == "-":
+        prompt = sys.stdin.read()
+    for many in ("stop_strings", "stop_token_ids"):
+        sampling[many] = [*sampling[many]] or None
+    with Client(router_address(router, name)) as client:
+        answer = client.generate(
+            prompt, strategy=strategy, strategy_params=params, request_id=request_id, timeout=timeout, **sampling
+        )
+        screen = Screen(sys.stdout)
+        try:
+            for delta in answer:
+                if not as_json:
+                    screen.write(delta.text)
+        except KeyboardInterrupt:
+            answer.cancel()
+            screen.end()
+            click.echo("cancelled", err=True)
+            sys.exit(130)
+        finally:
+            screen.end()
+    if not as_json and not answer.result.text:
+        # A model without a tokenizer.
+        click.echo(",".join(map(str, answer.result.token_ids)))
+    if as_json:
+        click.echo(result_json(answer.result))
+    else:
+        click.echo(result_page(answer.result), err=True)
+
+
+@click.group()
+def strategy() -> None:
+    """Shows the strategies; puts one in force."""
+
+
+@strategy.command("list")
+@router_options
+def strategy_list(router: str, name: str) -> None:
+    """Lists all strategies with their parameters."""
+    from rich.console import Console
+
+    from kvmesh.client import Client
+    from kvmesh.local.show import strategies_page
+
+    with Client(router_address(router, name)) as client:
+        Console(highlight=False).print(strategies_page(client.strategies(), client.strategy().name))
+
+
+@strategy.command("get")
+@router_options
+def strategy_get(router: str, name: str) -> None:
+    """Shows the strategy in force."""
+    from kvmesh.client import Client
+    from kvmesh.local.show import choice_line
+
+    with Client(router_address(router, name)) as client:
+        click.echo(choice_line(client.strategy()))
+
+
+@strategy.command("set")
+@click.argument("strategy_name", metavar="NAME")
+@click.argument("params", nargs=-1, callback=_pairs, metavar="[KEY=VALUE]...")
+@router_options
+def strategy_set(strategy_name: str, params: dict[str, str], router: str, name: str) -> None:
+    """Puts a strategy in force for the requests that come after."""
+    from kvmesh.client import Client
+    from kvmesh.local.show import choice_line
+
+    with Client(router_address(router, name)) as client:
+        click.echo(choice_line(client.set_strategy(strategy_name, params)))
+
+
+@click.command()
+@click.argument("request_id")
+@click.option("--trace-dir", multiple=True, type=click.Path(), help="[default: those of every mesh in $KVMESH_HOME]")
+def trace(request_id: str, trace_dir: tuple[str, ...]) -> None:
+    """Prints where the time of one request went."""
+    from pathlib import Path
+
+    from rich.console import Console
+
+    from kvmesh.local.spans import settled_trace, trace_folders
+    from kvmesh.local.waterfall import Waterfall
+
+    folders = [Path(d) for d in trace_dir] or trace_folders()
+    spans = []
+    with contextlib.suppress(KeyboardInterrupt):
+        spans = settled_trace(request_id, folders)
+    if not spans:
+        raise NotFound(
+            f"no trace of request {request_id!r} in {', '.join(map(str, folders))} (was it sampled? is it older than "
+            "the files kept?)"
+        )
+    console = Console(highlight=False)
+    console.print(Waterfall(spans))
+    if all(s.parent_id for s in spans):
+        console.print("(the request's first span is not there yet: it may still be running)", style="dim")

@@ -1,0 +1,252 @@
+"""What the author of a strategy imports.
+
+A strategy is one async generator over sub-request calls; its keyword-only arguments are its parameters:
+
+    @strategy
+    async def mine(request: Request, mesh: Mesh, *, prefill: Annotated[int, Range(1, 64)] = 1) -> Chunks:
+        '''One line that says what it does.'''
+        engine = mesh.least_loaded()
+        async for chunk in engine.start_generate(request.token_ids):
+            yield chunk
+
+Deadlines, trace spans, cancellation, load accounting and the release of tickets happen by themselves.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, overload
+
+from kvmesh.errors import (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+from kvmesh.params import Choices, Param, Range, Value, bind, declared
+from kvmesh.v1.common_pb2 import SamplingParams, Ticket
+from kvmesh.v1.engine_pb2 import GenerateFinished
+
+__all__ = [
+    "ENGINE_FAILURES",
+    "Choices",
+    "Chunk",
+    "Chunks",
+    "Engine",
+    "Load",
+    "Mesh",
+    "Param",
+    "Range",
+    "Request",
+    "Strategy",
+    "TicketHandle",
+    "strategy",
+]
+
+# What a sub-request raises when an engine fails, and not the caller: `except ENGINE_FAILURES` and go another way.
+ENGINE_FAILURES = (
+    Aborted,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    NotFound,
+    ResourceExhausted,
+    Unavailable,
+)
+# What a running request weighs against prompt tokens that wait to be prefilled.
+REQUEST_TOKENS = 256
+_NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One request, as one attempt sees it: after a failure `token_ids` ends with what was streamed before."""
+
+    request_id: str
+    token_ids: tuple[int, ...]
+    sampling: SamplingParams
+    model: str
+    # By time.monotonic().
+    deadline: float
+    attempt: int = 1
+
+    def remaining(self) -> float:
+        """Seconds until the deadline; negative after it."""
+        return self.deadline - time.monotonic()
+
+
+@dataclass(slots=True)
+class Chunk:
+    """Tokens that appeared, or the end: the last chunk of an engine's stream has `finished` and no tokens."""
+
+    token_ids: Sequence[int]
+    engine: str
+    logprobs: Sequence[float] = ()
+    finished: GenerateFinished | None = None
+
+
+Chunks = AsyncIterator[Chunk]
+
+
+@dataclass(slots=True)
+class TicketHandle:
+    """Slots reserved on `engine`: the KV of [0:filled) is there, room for [filled:end)."""
+
+    engine: str
+    proto: Ticket
+    matched: int
+    end: int
+    filled: int
+    # False once a send into it failed: the receiver may have more than is known here.
+    certain: bool = True
+
+    @property
+    def missing(self) -> int:
+        """Tokens whose KV is still to be sent."""
+        return self.end - self.filled
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """What an engine reported last, and what this router has sent since and not yet seen in a report."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_tokens: int = 0
+    tickets: int = 0
+    sending: int = 0
+    free_slots: int = 0
+    cached_slots: int = 0
+    credit_requests: int = 0
+    credit_tokens: int = 0
+
+    @property
+    def work(self) -> int:
+        """All of it as one number, in prompt tokens."""
+        requests = self.running + self.waiting + self.tickets + self.sending + self.credit_requests
+        return requests * REQUEST_TOKENS + self.waiting_tokens + self.credit_tokens
+
+
+class Engine(ABC):
+    """One live engine. Every call raises a MeshError; those that are the engine's fault are ENGINE_FAILURES."""
+
+    name: str
+    labels: Mapping[str, str]
+
+    @property
+    @abstractmethod
+    def load(self) -> Load:
+        """The load as this router knows it now."""
+
+    @abstractmethod
+    async def prep_recv(self, token_ids: Sequence[int], end: int, *, wait: float = 10.0) -> TicketHandle:
+        """Locks what is cached of token_ids[:end] and reserves slots for the rest; waits `wait` seconds for room."""
+
+    @abstractmethod
+    async def remote_send(
+        self,
+        token_ids: Sequence[int],
+        ticket: TicketHandle,
+        begin: int | None = None,
+        end: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """Writes the KV of token_ids[begin:end), prefilled here or cached, into the ticket: by default all it misses.
+
+        Takes half of the request's remaining time at most, or `timeout` seconds, so that another way stays possible.
+        """
+
+    @abstractmethod
+    def start_generate(
+        self, token_ids: Sequence[int], ticket: TicketHandle | None = None, sampling: SamplingParams | None = None
+    ) -> Chunks:
+        """Prefills what the ticket (else the cache) does not hold, then decodes. The call starts at once.
+
+        A ticket that the engine refuses (expired, still written into) is released, and the engine does it all.
+        """
+
+    @abstractmethod
+    async def release(self, ticket: TicketHandle) -> None:
+        """Gives a ticket back early; tickets left over at the end are released anyway."""
+
+
+def _natural(engine: Engine) -> list[tuple[int, int | str]]:
+    parts = re.split(r"(\d+)", engine.name)
+    return [(0, int(p)) if p.isdigit() else (1, p) for p in parts if p]
+
+
+@dataclass(slots=True)
+class Mesh:
+    """The live, healthy engines of the request's model, by name (engine-2 before engine-10). Never empty."""
+
+    engines: list[Engine] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.engines = sorted(self.engines, key=_natural)
+
+    def prefill(self, n: int = 1) -> list[Engine]:
+        """The prefill engines: labelled role=prefill if any has a role, else the first n, leaving one to decode."""
+        return self._split(n)[0]
+
+    def decode(self, n: int = 1) -> list[Engine]:
+        """The decode engines: those that `prefill(n)` leaves. A lone engine, or what is left of a mesh, is both."""
+        return self._split(n)[1]
+
+    def _split(self, n: int) -> tuple[list[Engine], list[Engine]]:
+        if any("role" in e.labels for e in self.engines):
+            first = [e for e in self.engines if e.labels.get("role") == "prefill"]
+        else:
+            first = self.engines[: min(n, len(self.engines) - 1)]
+        rest = [e for e in self.engines if e not in first]
+        return first or rest, rest or first
+
+    def least_loaded(self, engines: Sequence[Engine] | None = None) -> Engine:
+        """The engine with the least work, the first by name among equals; of all if `engines` is None."""
+        return min(self.engines if engines is None else engines, key=lambda e: e.load.work)
+
+
+class Strategy:
+    """A named strategy with typed parameters. Called, it runs: strategies may be made of strategies."""
+
+    def __init__(self, function: Callable[..., Chunks], name: str) -> None:
+        if not inspect.isasyncgenfunction(function):
+            raise TypeError(f"{function.__qualname__} is not an async generator: a strategy yields chunks")
+        if not _NAME.fullmatch(name):
+            raise TypeError(f"strategy name {name!r} is not {_NAME.pattern}")
+        self.name = name
+        self.summary = (inspect.getdoc(function) or "").partition("\n")[0]
+        self.params: dict[str, Param] = declared(function, positional=2)
+        self._function = function
+
+    def bind(self, given: Mapping[str, str]) -> dict[str, Value]:
+        """Values of all parameters, from text form. Raises InvalidArgument naming parameter, value and range."""
+        return bind(f"strategy {self.name}", self.params, given)
+
+    def __call__(self, request: Request, mesh: Mesh, **params: Any) -> Chunks:
+        """Runs it; close the iterator when leaving it early."""
+        return self._function(request, mesh, **params)
+
+
+@overload
+def strategy(given: Callable[..., Chunks]) -> Strategy: ...
+@overload
+def strategy(given: str) -> Callable[[Callable[..., Chunks]], Strategy]: ...
+def strategy(
+    given: Callable[..., Chunks] | str,
+) -> Strategy | Callable[[Callable[..., Chunks]], Strategy]:
+    """Makes a strategy of an async generator: `@strategy`, named as the function, or `@strategy("name")`.
+
+    Raises TypeError for a wrong signature.
+    """
+    if isinstance(given, str):
+        return lambda function: Strategy(function, given)
+    return Strategy(given, given.__name__)

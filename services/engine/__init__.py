@@ -1,0 +1,1 @@
+"""The engine service: sub-request calls over a runtime."""

@@ -1,0 +1,206 @@
+"""What the engine service asks of the runtime below it."""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass, field
+
+from kvmesh.dataplane.layout import Layout
+from kvmesh.dataplane.slots import Slots
+from kvmesh.process import ProcessRef
+from kvmesh.v1.common_pb2 import SamplingParams
+from kvmesh.v1.kv_pb2 import KvPool
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """The model as the runtime loaded it. `context_length`: prompt and answer together, in tokens."""
+
+    vocab_size: int
+    context_length: int
+    eos_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """Slots for tokens [matched:end) of a prompt; the KV of [0:matched) is there, and locked."""
+
+    id: int
+    matched: int
+    slots: Slots
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """Why and how a generation ended. `token`: the stop token.
+
+    `reason`: "stop", "length", "abort" when somebody asked for it, or "failed", then `message` says why.
+    """
+
+    reason: str
+    token: int | None = None
+    message: str = ""
+    cached_tokens: int = 0
+    retractions: int = 0
+
+
+@dataclass(slots=True)
+class Output:
+    """Tokens that appeared, or the ending, which is the last."""
+
+    token_ids: Sequence[int] = ()
+    logprobs: Sequence[float] = ()
+    ending: Ending | None = None
+
+
+class Outputs(AsyncIterator[Output]):
+    """The outputs of one generation, filled by the runtime. `abandon` is called if it is closed before its ending."""
+
+    def __init__(self, abandon: Callable[[], None]) -> None:
+        # Monotonic: when the model first saw the request.
+        self.began_ns = 0
+        self._abandon = abandon
+        self._waiting: deque[Output] = deque()
+        self._wake = asyncio.Event()
+        self._ended = False
+
+    def put(self, output: Output) -> None:
+        """One more."""
+        self._waiting.append(output)
+        self._ended = self._ended or output.ending is not None
+        self._wake.set()
+
+    def abort(self) -> None:
+        """Ends it with reason "abort", after what has come already."""
+        if not self._ended:
+            self._abandon()
+            self.put(Output(ending=Ending("abort")))
+
+    def close(self) -> None:
+        """Nobody wants the rest."""
+        if not self._ended:
+            self._ended = True
+            self._abandon()
+
+    async def __anext__(self) -> Output:
+        while not self._waiting:
+            self._wake.clear()
+            await self._wake.wait()
+        return self._waiting.popleft()
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """One copy to a peer; monotonic nanoseconds."""
+
+    begin_ns: int
+    end_ns: int
+    tokens: int
+    bytes: int
+
+
+@dataclass(slots=True)
+class SendReport:
+    """What a send did; monotonic nanoseconds, 0 when it did not get there."""
+
+    cached: int
+    computed: int
+    began_ns: int
+    prefilled_ns: int
+    pieces: list[Piece] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeLoad:
+    """As LoadReport, without what only the service knows."""
+
+    running: int = 0
+    waiting: int = 0
+    waiting_reservations: int = 0
+    waiting_tokens: int = 0
+    sending: int = 0
+    free: int = 0
+    cached: int = 0
+    in_use: int = 0
+    reserved: int = 0
+
+
+class Runtime(abc.ABC):
+    """Model, KV pool and prefix cache behind one engine service.
+
+    Token ids, ranges and sampling parameters are checked before they get here. Every call raises Unavailable when the
+    runtime is stopping or dead.
+    """
+
+    model: Model
+    layout: Layout
+    total_slots: int
+    # "cpu" or the GPU's name, and such as "sglang 0.5.17".
+    device: str
+    version: str
+    # One for each transport that peers can write through, best first; each with one pool a rank.
+    pools: dict[str, list[KvPool]]
+    # Those that write into peers' pools.
+    writers: list[ProcessRef]
+    load: RuntimeLoad
+    # Called after each change of `load`, and with (stored, removed, snapshot) for the prefix cache once `watch_cache`.
+    on_load: Callable[[], None]
+    on_cache: Callable[[Sequence[int], Sequence[int], bool], None]
+
+    @abc.abstractmethod
+    async def start(self) -> None:
+        """Returns when requests can be served; the attributes above are set then. Raises MeshError."""
+
+    @abc.abstractmethod
+    async def stop(self) -> None:
+        """Ends everything, within a few seconds. May be called twice, and without `start`."""
+
+    @abc.abstractmethod
+    async def died(self) -> str:
+        """Returns when the runtime has ended by itself, with what is known of why."""
+
+    @abc.abstractmethod
+    async def reserve(self, token_ids: Sequence[int], end: int, wait: float) -> Reservation:
+        """Locks what is cached of token_ids[:end] and reserves slots for the rest; `end` is a multiple of the page size.
+
+        Waits `wait` seconds for room, in order of arrival. Raises ResourceExhausted. Cancelling leaves nothing reserved.
+        """
+
+    @abc.abstractmethod
+    async def publish(self, reservation: int, upto: int) -> None:
+        """The slots up to token `upto` hold KV now: others may use it. Raises NotFound."""
+
+    @abc.abstractmethod
+    async def free(self, reservation: int) -> None:
+        """Gives back what the reservation still holds. An unknown one is no error."""
+
+    @abc.abstractmethod
+    def generate(
+        self, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, reservation: int | None
+    ) -> Outputs:
+        """Tokens as they come, then one output with `ending`. Uses the reservation up. The caller closes it."""
+
+    @abc.abstractmethod
+    async def send(
+        self, token_ids: Sequence[int], begin: int, end: int, transport: str, peers: Sequence[KvPool], slots: Slots
+    ) -> SendReport:
+        """Has the KV of token_ids[begin:end) and writes it to `slots` of the peers' pools.
+
+        However it ends, nothing is being written any more when it returns or raises; cancelling therefore takes a
+        moment. Raises Aborted.
+        """
+
+    @abc.abstractmethod
+    def forget(self, peers: Sequence[KvPool]) -> None:
+        """These pools are gone: lets go of them."""
+
+    @abc.abstractmethod
+    async def flush(self) -> None:
+        """Empties the prefix cache. Raises FailedPrecondition while anything uses it."""
+
+    @abc.abstractmethod
+    def watch_cache(self) -> None:
+        """Begins to call `on_cache`, first with a snapshot. May be called again."""

@@ -1,0 +1,178 @@
+"""An engine, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import tempfile
+import time
+from contextlib import AsyncExitStack
+from hashlib import blake2b
+from pathlib import Path
+
+from kvmesh.blocks import BLOCK_TOKENS
+from kvmesh.errors import InvalidArgument, Unavailable
+from kvmesh.grpcx import Server, announce
+from kvmesh.host import host_id
+from kvmesh.membership import Membership
+from kvmesh.telemetry import Telemetry
+from kvmesh.tokenizer import Tokenizers
+from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2_grpc
+from kvmesh.v1.common_pb2 import Endpoint
+from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
+from services.engine.base import Runtime
+from services.engine.cli import EngineConfig
+from services.engine.receiver import Receiver
+from services.engine.sender import Sender
+from services.engine.service import NAMES, EngineService
+from services.engine.status import Status
+from services.engine.tickets import TicketBook
+
+log = logging.getLogger(__name__)
+
+REGISTER_S = 60.0
+CPU_KV_TOKENS, CPU_CHUNK_TOKENS = 16384, 512
+
+
+async def serve(config: EngineConfig) -> None:
+    """Serves until cancelled. Raises Unavailable when SGLang does not start, or ends."""
+    async with AsyncExitStack() as stack:
+        runtime = await start(config, stack)
+        raise Unavailable(await runtime.died())
+
+
+async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
+    """Starts an engine that `stack` stops; returns when it is ready. Raises MeshError."""
+    incarnation = secrets.token_hex(16)
+    name = config.name or f"engine-{incarnation[:8]}"
+    folder = Path(config.model).expanduser().resolve()
+    digest = model_digest(folder)
+    run_dir = _run_dir(config, stack)
+    # SGLang's scheduler sends SIGQUIT when it fails: its end is what is acted on.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, lambda: log.error("SGLang failed; its log says why"))
+    runtime = _runtime(config, folder, digest, run_dir, incarnation)
+    stack.push_async_callback(runtime.stop)
+    began = time.monotonic()
+    await runtime.start()
+    log.info("%s is loaded after %.1f s", runtime.version, time.monotonic() - began)
+
+    endpoint = Endpoint(name=name, incarnation=incarnation)
+    telemetry = Telemetry("engine", name, config)
+    stack.callback(telemetry.close)
+    tokenizers = Tokenizers()
+    stack.push_async_callback(tokenizers.close)
+    book = TicketBook(endpoint, runtime.layout.fingerprint, runtime.free)
+    stack.push_async_callback(book.close)
+    receiver = Receiver(runtime, book, host_id())
+    sender = Sender(endpoint, runtime, host_id())
+    stack.push_async_callback(sender.close)
+    info = describe(config, endpoint, runtime, folder)
+    status = Status(info, runtime, book)
+    service = EngineService(runtime, book, receiver, sender, status, tokenizers, telemetry)
+
+    def register(server: object) -> None:
+        kv_pb2_grpc.add_KvEndpointServicer_to_server(service, server)  # type: ignore[arg-type]
+        kv_pb2_grpc.add_KvPeerServicer_to_server(service, server)  # type: ignore[arg-type]
+        engine_pb2_grpc.add_EngineServicer_to_server(service, server)  # type: ignore[arg-type]
+
+    server = Server(config.listen, register, NAMES)
+    stack.push_async_callback(server.stop)
+    stack.callback(status.close)
+    endpoint.address = info.endpoint.address = config.advertise or server.address
+    await server.start()
+    log.info("serves %s (%s) on %s", info.model.name, runtime.version, server.address)
+    announce(config.announce, server.address)
+    if config.registry:
+        await _join(config, endpoint, stack)
+    await server.ready()
+    log.info("ready")
+    return runtime
+
+
+def _runtime(config: EngineConfig, folder: Path, digest: str, run_dir: Path, incarnation: str) -> Runtime:
+    import torch
+
+    from services.engine.sglang.frontend import SglangOptions
+    from services.engine.sglang.runtime import SglangRuntime
+
+    cpu = not torch.cuda.is_available()
+    options = SglangOptions(
+        model=str(folder),
+        dtype=config.dtype,
+        kv_tokens=config.kv_tokens or (CPU_KV_TOKENS if cpu else 0),
+        page_size=config.page_size,
+        chunk_tokens=config.chunk_tokens or (CPU_CHUNK_TOKENS if cpu else 0),
+        max_running=config.max_running,
+        extra=dict(config.parsed_sglang()),
+    )
+    return SglangRuntime(options, digest, run_dir, incarnation)
+
+
+def _run_dir(config: EngineConfig, stack: AsyncExitStack) -> Path:
+    if config.run_dir:
+        return Path(config.run_dir).absolute()
+    # mkdtemp gives an absolute path to a folder that only we know.
+    made = tempfile.mkdtemp(prefix="kvmesh-engine-", dir="/tmp")
+    stack.callback(shutil.rmtree, made, ignore_errors=True)
+    return Path(made)
+
+
+async def _join(config: EngineConfig, endpoint: Endpoint, stack: AsyncExitStack) -> None:
+    member = Member(
+        endpoint=endpoint,
+        kind=MEMBER_KIND_ENGINE,
+        labels=config.parsed_labels(),
+        host_id=host_id(),
+        started_unix_ms=int(time.time() * 1000),
+        pid=os.getpid(),
+    )
+    membership = Membership(config.registry, member)
+    await membership.start(REGISTER_S)
+    stack.push_async_callback(membership.stop)
+
+
+def describe(config: EngineConfig, endpoint: Endpoint, runtime: Runtime, folder: Path) -> engine_pb2.EngineInfo:
+    """What the engine says of itself."""
+    model = engine_pb2.ModelInfo(
+        name=config.model_name or folder.name,
+        path=str(folder),
+        vocab_size=runtime.model.vocab_size,
+        context_length=runtime.model.context_length,
+        eos_token_ids=runtime.model.eos_token_ids,
+    )
+    return engine_pb2.EngineInfo(
+        endpoint=endpoint,
+        model=model,
+        layout=runtime.layout.message(),
+        total_slots=runtime.total_slots,
+        device=runtime.device,
+        runtime=runtime.version,
+        transports=list(runtime.pools),
+        cache_block_tokens=BLOCK_TOKENS,
+    )
+
+
+def model_digest(folder: Path) -> str:
+    """32 hexadecimal digits that tell models apart: over the configuration, and names and sizes of the weights.
+
+    Raises InvalidArgument when `folder` is no model.
+    """
+    config = folder / "config.json"
+    if not config.is_file():
+        raise InvalidArgument(f"model = {str(folder)!r} has no config.json: give the folder of a Hugging Face model")
+    try:
+        content = json.dumps(json.loads(config.read_text()), sort_keys=True)
+    except ValueError as error:
+        raise InvalidArgument(f"{config} is not JSON: {error}") from None
+    digest = blake2b(content.encode(), digest_size=16)
+    for path in sorted(folder.glob("*.safetensors*")):
+        digest.update(f"{path.name}:{path.stat().st_size};".encode())
+        # Sizes are equal for models of one architecture: the first tensors' bytes are not.
+        with open(path, "rb") as file:
+            digest.update(file.read(1 << 20))
+    return digest.hexdigest()

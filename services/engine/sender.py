@@ -1,0 +1,216 @@
+"""The sending side: asks the receiver for its slots, has the runtime fill them, and says when it has stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from kvmesh.aio import Tasks
+from kvmesh.dataplane.slots import Slots, from_runs
+from kvmesh.errors import Aborted, Internal, MeshError, Unavailable, from_rpc
+from kvmesh.grpcx import channel
+from kvmesh.v1 import kv_pb2 as pb
+from kvmesh.v1.common_pb2 import Endpoint, Ticket
+from kvmesh.v1.kv_pb2_grpc import KvPeerStub
+from services.engine.base import Runtime, SendReport
+
+log = logging.getLogger(__name__)
+
+# How long a grant, and the receiver's last word, may take.
+WORD_S = 15.0
+STOPPED_S = 2.0
+STOPPED_TRIES = 10
+# Channels to peers that are kept open while nothing runs on them.
+IDLE_PEERS = 32
+
+
+@dataclass(slots=True)
+class Sent:
+    """A send that arrived."""
+
+    report: SendReport
+    transport: str
+    bytes: int
+
+
+class _Peer:
+    """A channel to one life of one receiver."""
+
+    def __init__(self, endpoint: Endpoint) -> None:
+        self.endpoint = endpoint
+        self.channel = channel(endpoint.address)
+        self.stub = KvPeerStub(self.channel)
+        self.users = 0
+        self.pools: list[pb.KvPool] = []
+
+
+class Sender:
+    """RemoteSend over one runtime. Owns the channels to peers, and every write until its end is known to the receiver."""
+
+    def __init__(self, endpoint: Endpoint, runtime: Runtime, host_id: str) -> None:
+        self._endpoint = endpoint
+        self._runtime = runtime
+        processes = [pb.Process(pid=p.pid, start_ticks=p.start_ticks) for p in runtime.writers]
+        self._location = pb.WriterLocation(host_id=host_id, processes=processes)
+        self._writes = itertools.count(1)
+        self._peers: dict[str, _Peer] = {}
+        self._tasks = Tasks()
+
+    async def send(self, token_ids: Sequence[int], begin: int, end: int, ticket: Ticket) -> Sent:
+        """Has the KV of token_ids[begin:end) written into `ticket`. Raises MeshError; cancelling stops the write."""
+        # A task of its own: its clean-up goes on when the caller is cancelled, or does not wait.
+        work = self._tasks.start(self._write(token_ids, begin, end, ticket), f"send to {ticket.receiver.name}")
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            work.cancel()
+            raise
+
+    async def _write(self, token_ids: Sequence[int], begin: int, end: int, ticket: Ticket) -> Sent:
+        peer = self._acquire(ticket.receiver)
+        write_id = next(self._writes)
+        committed = False
+        word: asyncio.Future[Any] | None = None
+        call: Any = peer.stub.Write()
+        try:
+            await call.write(self._begin(write_id, begin, end, ticket))
+            grant = (await _word(asyncio.ensure_future(call.read()), "grant")).grant
+            peer.pools = list(grant.pools)
+            slots = from_runs(grant.slots, min((p.rows for p in grant.pools), default=1))
+            if len(slots) != end - begin:
+                raise Internal(f"{ticket.receiver.name} granted {len(slots)} slots for {end - begin} tokens")
+            # Nothing is due from the receiver before we are done: what comes earlier means that it has given up.
+            word = asyncio.ensure_future(call.read())
+            report = await self._copy(word, token_ids, begin, end, grant, slots)
+            count = sum(piece.bytes for piece in report.pieces)
+            await call.write(pb.WriteRequest(done=pb.WriteDone(bytes=count)))
+            await _word(word, "committed")
+            committed = True
+            await call.done_writing()
+            return Sent(report, grant.transport, count)
+        except grpc.aio.AioRpcError as error:
+            raise self._failure(peer, error) from error
+        except asyncio.InvalidStateError:
+            # The call ended while something was being written to it: its status says why.
+            code, details = await call.code(), await call.details()
+            raise self._status(peer, code, details) from None
+        finally:
+            if word is not None:
+                word.cancel()
+            call.cancel()
+            if not committed:
+                self._tasks.start(self._say_stopped(peer, write_id), f"stopped writing to {peer.endpoint.name}")
+            self._release(peer)
+
+    def _begin(self, write_id: int, begin: int, end: int, ticket: Ticket) -> pb.WriteRequest:
+        return pb.WriteRequest(
+            begin=pb.WriteBegin(
+                ticket=ticket,
+                begin=begin,
+                end=end,
+                sender=self._endpoint,
+                location=self._location,
+                layout=self._runtime.layout.message(),
+                transports=list(self._runtime.pools),
+                write_id=write_id,
+            )
+        )
+
+    async def _copy(
+        self,
+        word: asyncio.Future[Any],
+        token_ids: Sequence[int],
+        begin: int,
+        end: int,
+        grant: pb.WriteGrant,
+        slots: Slots,
+    ) -> SendReport:
+        """Runs the send for as long as the stream to the receiver lives."""
+        send = self._runtime.send(token_ids, begin, end, grant.transport, list(grant.pools), slots)
+        work = asyncio.ensure_future(send)
+        limit = grant.max_ms / 1000
+        try:
+            await asyncio.wait({work, word}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                return work.result()
+            if word.done():
+                word.result()
+                raise Aborted("the receiver ended the write")
+            raise Aborted(f"the ticket's life of {limit:.1f} s ended during the write")
+        finally:
+            if not work.done():
+                work.cancel()
+                # Until the runtime says that nothing is written any more.
+                await asyncio.wait({work})
+
+    def _failure(self, peer: _Peer, error: grpc.aio.AioRpcError) -> MeshError:
+        return self._status(peer, error.code(), error.details(), error)
+
+    def _status(self, peer: _Peer, code: Any, details: Any, error: grpc.aio.AioRpcError | None = None) -> MeshError:
+        if code == grpc.StatusCode.UNAVAILABLE and peer.pools:
+            self._runtime.forget(peer.pools)
+            peer.pools = []
+        if error is None:
+            return Unavailable(f"receiver {peer.endpoint.name}: {details or code}")
+        return from_rpc(error, f"receiver {peer.endpoint.name}")
+
+    async def _say_stopped(self, peer: _Peer, write_id: int) -> None:
+        """Tells the receiver, again and again while it is not reached; a dead one does not need to know."""
+        peer.users += 1
+        request = pb.StoppedRequest(sender_incarnation=self._endpoint.incarnation, write_id=write_id)
+        try:
+            for attempt in range(STOPPED_TRIES):
+                try:
+                    await peer.stub.Stopped(request, timeout=STOPPED_S)
+                    return
+                except grpc.aio.AioRpcError as error:
+                    log.debug("%s does not hear that a write has stopped: %s", peer.endpoint.name, error.code())
+                await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
+        finally:
+            self._release(peer)
+
+    def _acquire(self, endpoint: Endpoint) -> _Peer:
+        peer = self._peers.get(endpoint.incarnation)
+        if peer is None:
+            peer = self._peers[endpoint.incarnation] = _Peer(endpoint)
+            self._trim(endpoint)
+        peer.users += 1
+        return peer
+
+    def _trim(self, newest: Endpoint) -> None:
+        """Lets go of former lives of the same receiver, and of the peers least lately met."""
+        idle = [p for p in self._peers.values() if not p.users and p.endpoint.incarnation != newest.incarnation]
+        former = [p for p in idle if p.endpoint.name == newest.name]
+        for peer in {id(p): p for p in (*former, *idle[: max(0, len(idle) - IDLE_PEERS)])}.values():
+            del self._peers[peer.endpoint.incarnation]
+            self._tasks.start(peer.channel.close(None), f"close channel to {peer.endpoint.name}")
+            if peer.pools:
+                self._runtime.forget(peer.pools)
+
+    def _release(self, peer: _Peer) -> None:
+        peer.users -= 1
+
+    async def close(self) -> None:
+        """Stops every write and closes the channels."""
+        await self._tasks.close()
+        for peer in self._peers.values():
+            await peer.channel.close(None)
+        self._peers.clear()
+
+
+async def _word(read: asyncio.Future[Any], event: str) -> pb.WriteResponse:
+    """The receiver's next message. Raises Unavailable when it does not come in time, Internal when it is another."""
+    done, _ = await asyncio.wait({read}, timeout=WORD_S)
+    if not done:
+        raise Unavailable(f"the receiver said nothing for {WORD_S:g} s where {event} was due")
+    message = read.result()
+    if not isinstance(message, pb.WriteResponse) or message.WhichOneof("event") != event:
+        raise Internal(f"the receiver's message is not {event}")
+    return message

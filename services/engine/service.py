@@ -1,0 +1,290 @@
+"""The engine's gRPC services: check requests, and hand them to receiver, sender and runtime."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+import uuid
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any, TypeAlias
+
+import grpc.aio
+from opentelemetry.trace import Span, SpanKind
+
+from kvmesh.detokenize import TextStream
+from kvmesh.errors import AlreadyExists, DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
+from kvmesh.grpcx import rpc, time_left
+from kvmesh.ranges import check_range, check_tokens
+from kvmesh.sampling import check_sampling, max_new_tokens
+from kvmesh.telemetry import Telemetry, extract, fail, now_ns, record_span
+from kvmesh.tokenizer import Tokenizers
+from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2, kv_pb2_grpc
+from services.engine.base import Outputs, Runtime
+from services.engine.generation import Generation
+from services.engine.receiver import DEFAULT_TTL_MS, MAX_TTL_MS, MAX_WAIT_MS, MIN_TTL_MS, Receiver
+from services.engine.sender import Sender, Sent
+from services.engine.status import DEFAULT_INTERVAL_MS, MAX_INTERVAL_MS, MIN_INTERVAL_MS, Status
+from services.engine.tickets import TicketBook
+
+NAMES = ["kvmesh.v1.KvEndpoint", "kvmesh.v1.KvPeer", "kvmesh.v1.Engine"]
+OWNER_CHARS = 128
+# What a call without a deadline may take.
+REQUEST_S = 300.0
+_ID = re.compile(r"[A-Za-z0-9._:#-]{1,128}")
+
+Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
+
+
+class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, engine_pb2_grpc.EngineServicer):
+    """All three services of one engine. What it is given stays its giver's."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        book: TicketBook,
+        receiver: Receiver,
+        sender: Sender,
+        status: Status,
+        tokenizers: Tokenizers,
+        telemetry: Telemetry,
+    ) -> None:
+        self._runtime = runtime
+        self._book = book
+        self._receiver = receiver
+        self._sender = sender
+        self._status = status
+        self._tokenizers = tokenizers
+        self._tracer = telemetry.tracer
+        self._model = status.info.model
+        self._running: dict[str, Outputs | None] = {}
+
+    def _span(self, name: str, context: Context, **attributes: int | str) -> Span:
+        span = self._tracer.start_span(
+            name,
+            context=extract(context.invocation_metadata()),
+            kind=SpanKind.SERVER,  # type: ignore[arg-type]
+        )
+        if span.is_recording():
+            for key, value in attributes.items():
+                span.set_attribute(f"kvmesh.{key}", value)
+        return span
+
+    def _check_prompt(self, token_ids: Any, model: str, owner: str) -> None:
+        if model and model != self._model.name:
+            raise NotFound(f"model = {model!r} is not served here; this is {self._model.name}")
+        if len(owner) > OWNER_CHARS:
+            raise InvalidArgument(f"owner has {len(owner)} characters, at most {OWNER_CHARS} are kept")
+        check_tokens(token_ids, self._model.vocab_size, self._model.context_length)
+
+    @rpc
+    async def PrepRecv(self, request: kv_pb2.PrepRecvRequest, context: Context) -> kv_pb2.PrepRecvResponse:
+        """Reserves slots."""
+        span = self._span("engine.prep_recv", context, request_id=request.owner, end=request.end)
+        try:
+            token_ids = list(request.token_ids)
+            self._check_prompt(token_ids, request.model, request.owner)
+            _, end = check_range(0, request.end, len(token_ids))
+            ttl = request.ttl_ms or DEFAULT_TTL_MS
+            if not MIN_TTL_MS <= ttl <= MAX_TTL_MS:
+                raise InvalidArgument(f"ttl_ms = {ttl} is not 0 or between {MIN_TTL_MS} and {MAX_TTL_MS}")
+            if request.wait_ms > MAX_WAIT_MS:
+                raise InvalidArgument(f"wait_ms = {request.wait_ms} is more than {MAX_WAIT_MS}")
+            # A little earlier than the caller's deadline: a clear answer beats none.
+            wait = min(request.wait_ms / 1000, time_left(context, REQUEST_S) - 0.05)
+            ticket = await self._receiver.prepare(token_ids, end, ttl, wait, request.owner)
+            # A ticket of a caller that has gone already is nobody's.
+            if context.cancelled() or context.done():
+                self._receiver.release(ticket)
+            if span.is_recording():
+                span.set_attributes({"kvmesh.ticket": ticket.id, "kvmesh.matched": ticket.matched})
+            return kv_pb2.PrepRecvResponse(ticket=ticket)
+        except BaseException as error:
+            fail(span, error)
+            raise
+        finally:
+            span.end()
+
+    @rpc
+    async def RemoteSend(self, request: kv_pb2.RemoteSendRequest, context: Context) -> kv_pb2.RemoteSendResponse:
+        """Sends KV to another endpoint."""
+        ticket = request.ticket
+        span = self._span(
+            "engine.remote_send", context, request_id=request.owner, receiver=ticket.receiver.name, ticket=ticket.id
+        )
+        arrived = time.monotonic_ns()
+        try:
+            token_ids = list(request.token_ids)
+            self._check_prompt(token_ids, request.model, request.owner)
+            begin, end = check_range(request.begin, request.end, len(token_ids))
+            if not ticket.receiver.address:
+                raise InvalidArgument("ticket.receiver.address is empty")
+            if end > ticket.end or begin < ticket.matched:
+                raise InvalidArgument(
+                    f"begin = {begin}, end = {end}: the ticket has slots for {ticket.matched} to {ticket.end}"
+                )
+            ours = self._runtime.layout
+            if ticket.layout_fingerprint != ours.fingerprint:
+                raise FailedPrecondition("the receiver's KV has another layout than ours: model, dtype or page size")
+            if begin % ours.page_size or end % ours.page_size:
+                raise InvalidArgument(
+                    f"begin = {begin}, end = {end} are no multiples of the page size {ours.page_size}"
+                )
+            try:
+                async with asyncio.timeout(time_left(context, REQUEST_S)):
+                    sent = await self._sender.send(token_ids, begin, end, ticket)
+            except TimeoutError:
+                raise DeadlineExceeded("the deadline passed before the KV had arrived") from None
+            self._record(span, sent, arrived)
+            return _report(sent, begin, end, arrived)
+        except BaseException as error:
+            fail(span, error)
+            raise
+        finally:
+            span.end()
+
+    def _record(self, span: Span, sent: Sent, arrived: int) -> None:
+        if not span.is_recording():
+            return
+        report, shift = sent.report, now_ns() - time.monotonic_ns()
+        span.set_attributes(
+            {
+                "kvmesh.bytes": sent.bytes,
+                "kvmesh.transport": sent.transport,
+                "kvmesh.cached": report.cached,
+                "kvmesh.computed": report.computed,
+            }
+        )
+        record_span(self._tracer, "engine.queue", span, shift + arrived, shift + report.began_ns)
+        if report.computed:
+            attributes = {"kvmesh.computed": report.computed, "kvmesh.cached": report.cached}
+            record_span(
+                self._tracer, "engine.prefill", span, shift + report.began_ns, shift + report.prefilled_ns, attributes
+            )
+        for piece in report.pieces:
+            attributes = {
+                "kvmesh.tokens": piece.tokens,
+                "kvmesh.bytes": piece.bytes,
+                "kvmesh.transport": sent.transport,
+            }
+            record_span(self._tracer, "engine.transfer", span, shift + piece.begin_ns, shift + piece.end_ns, attributes)
+
+    @rpc
+    async def Release(self, request: kv_pb2.ReleaseRequest, context: Context) -> kv_pb2.ReleaseResponse:
+        """Takes a ticket back."""
+        return kv_pb2.ReleaseResponse(released=self._receiver.release(request.ticket))
+
+    @rpc
+    async def Write(self, requests: AsyncIterator[kv_pb2.WriteRequest], context: Context) -> None:  # type: ignore[override]
+        """A peer writes into a ticket."""
+        await self._receiver.write(requests, context)
+
+    @rpc
+    async def Stopped(self, request: kv_pb2.StoppedRequest, context: Context) -> kv_pb2.StoppedResponse:
+        """A peer has stopped writing."""
+        self._receiver.stopped(request.sender_incarnation, request.write_id)
+        return kv_pb2.StoppedResponse()
+
+    @rpc
+    async def StartGenerate(self, request: engine_pb2.StartGenerateRequest, context: Context) -> None:  # type: ignore[override]
+        """Generates. Answers by context.write: so a cancel is raised here, not in a forgotten iterator."""
+        request_id = request.request_id or uuid.uuid4().hex
+        if not _ID.fullmatch(request_id):
+            raise InvalidArgument(f"request_id = {request_id[:200]!r} is not [A-Za-z0-9._:#-], 1 to 128 characters")
+        if request_id in self._running:
+            raise AlreadyExists(f"request_id = {request_id!r} is running here")
+        span = self._span("engine.start_generate", context, request_id=request_id, prompt_tokens=len(request.token_ids))
+        self._running[request_id] = None
+        try:
+            async with asyncio.timeout(time_left(context, REQUEST_S)):
+                await self._generate(request, request_id, context, span)
+        except TimeoutError:
+            late = DeadlineExceeded("the request's deadline passed")
+            fail(span, late)
+            raise late from None
+        except BaseException as error:
+            fail(span, error)
+            raise
+        finally:
+            del self._running[request_id]
+            span.end()
+
+    async def _generate(
+        self, request: engine_pb2.StartGenerateRequest, request_id: str, context: Context, span: Span
+    ) -> None:
+        token_ids, model = list(request.token_ids), self._model
+        self._check_prompt(token_ids, request.model, "")
+        check_sampling(request.sampling, model.vocab_size, model.context_length, len(token_ids))
+        text = await self._text(request, token_ids)
+        max_new = max_new_tokens(request.sampling, model.context_length, len(token_ids))
+        begin, _ = check_range(request.begin, len(token_ids), len(token_ids))
+        if begin == len(token_ids):
+            raise InvalidArgument(f"begin = {request.begin} leaves no token of {len(token_ids)} to prefill")
+        reservation: int | None = None
+        if request.HasField("ticket"):
+            ticket = self._book.get(request.ticket)
+            reservation = self._book.use(ticket, begin)
+        elif begin:
+            raise InvalidArgument(f"begin = {request.begin} without a ticket")
+        if span.is_recording():
+            span.set_attribute("kvmesh.begin", begin)
+        outputs = self._runtime.generate(token_ids, request.sampling, max_new, reservation)
+        self._running[request_id] = outputs
+        generation = Generation(len(token_ids), text, self._tracer, span)
+        async with aclosing(generation.run(outputs)) as messages:
+            async for message in messages:
+                await context.write(message)
+
+    async def _text(self, request: engine_pb2.StartGenerateRequest, token_ids: list[int]) -> TextStream | None:
+        """What finds stop strings, if there are any to find."""
+        stops = request.sampling.stop_strings
+        if not stops:
+            return None
+        tokenizer = await self._tokenizers.get(self._model.path)
+        if tokenizer is None:
+            raise InvalidArgument(f"sampling.stop_strings: model {self._model.name} has no tokenizer to find them with")
+        return TextStream(tokenizer.detokenizer(token_ids), stops)
+
+    @rpc
+    async def Abort(self, request: engine_pb2.AbortRequest, context: Context) -> engine_pb2.AbortResponse:
+        """Ends a running generation."""
+        outputs = self._running.get(request.request_id)
+        if outputs is not None:
+            outputs.abort()
+        return engine_pb2.AbortResponse(found=outputs is not None)
+
+    @rpc
+    async def Flush(self, request: engine_pb2.FlushRequest, context: Context) -> engine_pb2.FlushResponse:
+        """Empties the prefix cache."""
+        await self._runtime.flush()
+        return engine_pb2.FlushResponse()
+
+    @rpc
+    async def WatchStatus(
+        self, request: engine_pb2.WatchStatusRequest, context: Context
+    ) -> AsyncIterator[engine_pb2.EngineStatus]:
+        """Streams the engine's state."""
+        interval = request.interval_ms or DEFAULT_INTERVAL_MS
+        if not MIN_INTERVAL_MS <= interval <= MAX_INTERVAL_MS:
+            raise InvalidArgument(
+                f"interval_ms = {interval} is not 0 or between {MIN_INTERVAL_MS} and {MAX_INTERVAL_MS}"
+            )
+        async with aclosing(self._status.watch(interval / 1000, request.cache)) as statuses:
+            async for status in statuses:
+                yield status
+
+
+def _report(sent: Sent, begin: int, end: int, arrived: int) -> kv_pb2.RemoteSendResponse:
+    report = sent.report
+    return kv_pb2.RemoteSendResponse(
+        cached_tokens=report.cached,
+        computed_tokens=report.computed,
+        sent_tokens=end - begin,
+        sent_bytes=sent.bytes,
+        transport=sent.transport,
+        queue_seconds=max(0, report.began_ns - arrived) / 1e9,
+        compute_seconds=max(0, report.prefilled_ns - report.began_ns) / 1e9,
+        send_seconds=sum(p.end_ns - p.begin_ns for p in report.pieces) / 1e9,
+        chunks=len(report.pieces),
+    )

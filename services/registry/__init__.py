@@ -1,0 +1,1 @@
+"""The registry service: who is in the mesh, and the settings that all of it shares."""

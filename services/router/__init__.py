@@ -1,0 +1,1 @@
+"""The router: the mesh's public door, and the runtime of strategies."""

@@ -1,0 +1,45 @@
+"""`kvmesh router`."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import click
+
+from kvmesh.config import ServiceConfig, options, setting
+from kvmesh.errors import InvalidArgument
+from kvmesh.grpcx import split_address
+
+
+@dataclass(frozen=True)
+class RouterConfig(ServiceConfig):
+    """Settings of the router service."""
+
+    listen: str = setting("127.0.0.1:8400", "HOST:PORT to serve on; port 0 takes a free one.")
+    advertise: str = setting("", "HOST:PORT that others reach it at. [default: the address it listens on]")
+    registry: str = setting("127.0.0.1:2400", "HOST:PORT of the registry.")
+    name: str = setting("", "Name in the mesh. [default: router- and a random number]")
+    default_strategy: str = setting("data_parallel", "Strategy in force until one has been set for the mesh.")
+    wait_engines: int = setting(0, "Report ready only once so many engines are connected.")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        split_address(self.registry)
+        if self.advertise:
+            split_address(self.advertise)
+        if self.name and not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", self.name):
+            raise InvalidArgument(f"name = {self.name!r} is not [A-Za-z0-9._-], 1 to 63 characters")
+        if self.wait_engines < 0:
+            raise InvalidArgument(f"wait_engines = {self.wait_engines} is negative")
+
+
+@click.command()
+@options(RouterConfig, "ROUTER")
+def router(config: RouterConfig) -> None:
+    """Runs a router: the mesh's public door, where strategies run."""
+    from kvmesh.aio import run, setup_logging
+    from services.router.main import serve
+
+    setup_logging("router", config.log_level)
+    run(serve(config))

@@ -1,0 +1,170 @@
+"""Engines as a strategy sees them: sub-requests as calls to the real ones, on account of an attempt."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Sequence
+from typing import TypeVar
+
+import grpc
+import grpc.aio
+
+from kvmesh.errors import InvalidArgument
+from kvmesh.strategy import Chunks, Engine, Load, TicketHandle
+from kvmesh.telemetry import fail, inject
+from kvmesh.v1.common_pb2 import SamplingParams
+from kvmesh.v1.kv_pb2 import PrepRecvRequest, RemoteSendRequest
+from services.router.attempt import Attempt
+from services.router.generation import Generation
+from services.router.link import EngineLink
+
+T = TypeVar("T")
+
+# A ticket outlives a long queue at the sender, but not for long the router that forgot it.
+TICKET_TTL_S = 60.0
+# Beyond its wait for slots, what PrepRecv may take.
+PREPARE_S = 5.0
+
+
+class EngineHandle(Engine):
+    """One engine for one attempt."""
+
+    def __init__(self, attempt: Attempt, link: EngineLink) -> None:
+        self.name = link.name
+        self.labels = link.labels
+        self._attempt = attempt
+        self._link = link
+
+    @property
+    def load(self) -> Load:
+        """As reported, plus credit."""
+        return self._link.load
+
+    async def prep_recv(self, token_ids: Sequence[int], end: int, *, wait: float = 10.0) -> TicketHandle:
+        """PrepRecv."""
+        a, link = self._attempt, self._link
+        left = a.budget()
+        request = PrepRecvRequest(
+            token_ids=token_ids,
+            end=end,
+            ttl_ms=int(1000 * min(TICKET_TTL_S, max(1.0, left))),
+            wait_ms=int(1000 * max(0.0, min(wait, left))),
+            owner=a.request.request_id,
+            model=a.request.model,
+        )
+        a.use(link)
+        a.charge(link, 0)
+        span = a.child("prep_recv", link, end=end)
+        link.acquire()
+        try:
+            call = link.kv.PrepRecv(request, timeout=min(left, wait + PREPARE_S), metadata=inject(span))
+            outcome = asyncio.ensure_future(_outcome(call))
+            # Cancelling must not lose a ticket that is on its way: only the waiting ends, then the answer is released.
+            waiting = asyncio.shield(outcome)
+            a.running(waiting)
+            try:
+                reply = await waiting
+            except asyncio.CancelledError:
+                a.abandon(link, call, outcome)
+                raise
+            finally:
+                a.ended(waiting)
+            if isinstance(reply, grpc.aio.AioRpcError):
+                link.suspect |= reply.code() == grpc.StatusCode.UNAVAILABLE
+                a.settle(link)
+                raise a.failure(link, reply) from reply
+            t = reply.ticket
+            ticket = TicketHandle(self.name, t, t.matched, t.end, t.matched)
+            a.hold(ticket)
+            if span.is_recording():
+                span.set_attributes({"kvmesh.ticket": t.id, "kvmesh.matched": t.matched, "kvmesh.end": t.end})
+            return ticket
+        except BaseException as error:
+            fail(span, error)
+            raise
+        finally:
+            span.end()
+            link.release()
+
+    async def remote_send(
+        self,
+        token_ids: Sequence[int],
+        ticket: TicketHandle,
+        begin: int | None = None,
+        end: int | None = None,
+        *,
+        timeout: float | None = None,
+    ) -> None:
+        """RemoteSend."""
+        a, link = self._attempt, self._link
+        begin = ticket.filled if begin is None else begin
+        end = ticket.end if end is None else end
+        if begin == end:
+            return
+        left = a.budget()
+        if not a.holds(ticket):
+            raise InvalidArgument(f"ticket {ticket.proto.id} of {ticket.engine} was used or released")
+        a.use(link)
+        a.charge(link, end - begin)
+        span = a.child("remote_send", link, begin=begin, end=end, receiver=ticket.engine)
+        request = RemoteSendRequest(
+            token_ids=token_ids,
+            begin=begin,
+            end=end,
+            ticket=ticket.proto,
+            owner=a.request.request_id,
+            model=a.request.model,
+        )
+        call = link.kv.RemoteSend(
+            request, timeout=left / 2 if timeout is None else min(left, timeout), metadata=inject(span)
+        )
+        a.running(call)
+        # Until there is an answer nobody here knows what the receiver has.
+        certain, ticket.certain = ticket.certain, False
+        try:
+            reply = await call
+            ticket.filled, ticket.certain = end, certain
+            a.ledger.sent(self.name, ticket.engine, reply)
+            if span.is_recording():
+                span.set_attributes(
+                    {
+                        "kvmesh.bytes": reply.sent_bytes,
+                        "kvmesh.tokens": reply.sent_tokens,
+                        "kvmesh.computed": reply.computed_tokens,
+                        "kvmesh.cached": reply.cached_tokens,
+                        "kvmesh.transport": reply.transport,
+                    }
+                )
+        except grpc.aio.AioRpcError as error:
+            # UNAVAILABLE here may mean the receiver: whether this engine lives, its status stream tells.
+            fail(span, failure := a.failure(link, error))
+            raise failure from error
+        except asyncio.CancelledError as error:
+            fail(span, error)
+            raise
+        finally:
+            a.ended(call)
+            a.settle(link)
+            span.end()
+
+    def start_generate(
+        self, token_ids: Sequence[int], ticket: TicketHandle | None = None, sampling: SamplingParams | None = None
+    ) -> Chunks:
+        """StartGenerate."""
+        if ticket is not None and ticket.engine != self.name:
+            raise InvalidArgument(f"ticket {ticket.proto.id} is of {ticket.engine}, not of {self.name}")
+        if ticket is not None and not self._attempt.holds(ticket):
+            raise InvalidArgument(f"ticket {ticket.proto.id} of {ticket.engine} was used or released")
+        sampling = self._attempt.request.sampling if sampling is None else sampling
+        return Generation(self._attempt, self._link, token_ids, ticket, sampling)
+
+    async def release(self, ticket: TicketHandle) -> None:
+        """Release."""
+        await self._attempt.release(ticket)
+
+
+async def _outcome(call: Awaitable[T]) -> T | grpc.aio.AioRpcError:
+    try:
+        return await call
+    except grpc.aio.AioRpcError as error:
+        return error

@@ -1,0 +1,162 @@
+"""One engine as the router sees it: a channel, the status stream that tells its life and load, and credit."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Callable
+
+import grpc
+import grpc.aio
+
+from kvmesh.aio import Tasks
+from kvmesh.grpcx import channel
+from kvmesh.strategy import Load
+from kvmesh.v1.engine_pb2 import EngineInfo, EngineStatus, LoadReport, WatchStatusRequest
+from kvmesh.v1.engine_pb2_grpc import EngineStub
+from kvmesh.v1.kv_pb2_grpc import KvEndpointStub
+from kvmesh.v1.registry_pb2 import Member
+from services.router.credit import Credits
+
+log = logging.getLogger(__name__)
+
+# An engine reports at least every REPORT_S; one that is silent for SILENCE_S hangs.
+REPORT_S, SILENCE_S = 1.0, 5.0
+BACKOFF_S = (0.1, 2.0)
+
+
+class EngineLink:
+    """One incarnation of one engine. `on_change` is called when it is first described, comes up or goes down.
+
+    Up means: the status stream delivers, and the process that answers is the one registered. Users hold the link with
+    `acquire` and `release`; after `retire` the channel closes with the last of them.
+    """
+
+    def __init__(self, member: Member, tasks: Tasks, on_change: Callable[[], None]) -> None:
+        self.member = member
+        self.name = member.endpoint.name
+        self.labels = dict(member.labels)
+        self.info: EngineInfo | None = None
+        self.report = LoadReport()
+        self.reported = time.monotonic()
+        self.connected = False
+        # A call failed as calls to the dead do; until the status stream delivers again, others go first.
+        self.suspect = False
+        self._channel = channel(member.endpoint.address)
+        self.kv = KvEndpointStub(self._channel)
+        self.engine = EngineStub(self._channel)
+        self._credits = Credits()
+        self._users = 0
+        self._retired = False
+        self._tasks = tasks
+        self._on_change = on_change
+        self._status = tasks.start(self._follow(), f"status of {self.name}")
+
+    @property
+    def load(self) -> Load:
+        """The last report plus credit."""
+        r = self.report
+        return Load(
+            running=r.running_requests,
+            waiting=r.waiting_requests + r.waiting_reservations,
+            waiting_tokens=r.waiting_tokens,
+            tickets=r.tickets,
+            sending=r.sending,
+            free_slots=r.free_slots,
+            cached_slots=r.cached_slots,
+            credit_requests=self._credits.requests,
+            credit_tokens=self._credits.tokens,
+        )
+
+    def charge(self, requests: int, tokens: int) -> int:
+        """Counts work just sent as load until it is reported; the number is for `settle`."""
+        return self._credits.charge(requests, tokens, time.monotonic())
+
+    def settle(self, number: int) -> None:
+        """The work of that number is over."""
+        self._credits.settle(number)
+
+    def acquire(self) -> None:
+        """Keeps the channel open until `release`."""
+        self._users += 1
+
+    def release(self) -> None:
+        """The end of one `acquire`."""
+        self._users -= 1
+        self._close_if_unused()
+
+    def retire(self) -> None:
+        """The engine left the mesh, or has a new life: no new requests, running calls may end."""
+        self._retired = True
+        self._status.cancel()
+        self._down()
+        self._close_if_unused()
+
+    def _close_if_unused(self) -> None:
+        if self._retired and self._users <= 0:
+            self._tasks.start(self._channel.close(None), f"close channel to {self.name}")
+
+    async def close(self) -> None:
+        """Ends the status stream and the channel at once."""
+        self._status.cancel()
+        await asyncio.gather(self._status, return_exceptions=True)
+        await self._channel.close(None)
+
+    async def _follow(self) -> None:
+        backoff = BACKOFF_S[0]
+        while True:
+            try:
+                if await self._read_statuses():
+                    backoff = BACKOFF_S[0]
+                reason = "ended"
+            except TimeoutError:
+                reason = f"is silent for {SILENCE_S:g} s"
+            except grpc.aio.AioRpcError as error:
+                reason = f"broke ({error.code().name}: {error.details()})"
+            if self.connected:
+                log.warning("engine %s is down: its status stream %s", self.name, reason)
+                backoff = BACKOFF_S[0]
+            self._down()
+            await asyncio.sleep(backoff * random.uniform(0.75, 1.25))
+            backoff = min(backoff * 2, BACKOFF_S[1])
+
+    async def _read_statuses(self) -> bool:
+        """Reads one status stream until it ends; whether it delivered anything."""
+        delivered = False
+        call = self.engine.WatchStatus(WatchStatusRequest(interval_ms=int(REPORT_S * 1000)))
+        try:
+            while True:
+                async with asyncio.timeout(SILENCE_S):
+                    status = await call.read()
+                if not isinstance(status, EngineStatus):
+                    return delivered
+                self._deliver(status)
+                delivered = True
+        finally:
+            call.cancel()
+
+    def _deliver(self, status: EngineStatus) -> None:
+        event = status.WhichOneof("event")
+        if event == "info":
+            self._describe(status.info)
+        elif event == "load":
+            self.report = status.load
+            self.reported = time.monotonic()
+            self._credits.reported(self.reported)
+        self.suspect = False
+
+    def _describe(self, info: EngineInfo) -> None:
+        if info.endpoint.incarnation != self.member.endpoint.incarnation:
+            log.warning("%s is answered for by another incarnation of %s", self.name, info.endpoint.name)
+            self._down()
+            return
+        self.info = info
+        self.connected = True
+        self._on_change()
+
+    def _down(self) -> None:
+        if self.connected:
+            self.connected = False
+            self._on_change()

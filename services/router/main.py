@@ -1,0 +1,87 @@
+"""A router, put together."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from contextlib import AsyncExitStack
+
+from kvmesh.grpcx import Server, announce
+from kvmesh.host import host_id
+from kvmesh.membership import Membership, MeshWatch, SharedSettings
+from kvmesh.telemetry import Telemetry
+from kvmesh.v1.common_pb2 import Endpoint
+from kvmesh.v1.registry_pb2 import MEMBER_KIND_ROUTER, Member
+from kvmesh.v1.router_pb2_grpc import add_RouterServicer_to_server
+from services.router.board import StrategyBoard, catalog
+from services.router.cli import RouterConfig
+from services.router.runtime import Runtime
+from services.router.service import NAME, RouterService
+from kvmesh.tokenizer import Tokenizers
+from services.router.view import MeshView
+
+log = logging.getLogger(__name__)
+
+# Tries to reach the registry go on for so long before the router gives up.
+REGISTER_S = 60.0
+
+
+async def serve(config: RouterConfig) -> None:
+    """Serves until cancelled. Raises Unavailable when the address cannot be bound or the registry is not there."""
+    async with AsyncExitStack() as stack:
+        await start(config, stack)
+        await asyncio.Event().wait()
+
+
+async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
+    """Starts a router that `stack` stops; returns when it is ready. Raises MeshError."""
+    incarnation = secrets.token_hex(16)
+    endpoint = Endpoint(name=config.name or f"router-{incarnation[:8]}", incarnation=incarnation)
+    telemetry = Telemetry("router", endpoint.name, config)
+    stack.callback(telemetry.close)
+    tokenizers = Tokenizers()
+    stack.push_async_callback(tokenizers.close)
+    view = MeshView(on_model=lambda model: tokenizers.prepare(model.path))
+    stack.push_async_callback(view.close)
+    settings = SharedSettings(config.registry)
+    stack.push_async_callback(settings.close)
+    board = StrategyBoard(catalog(), config.default_strategy, settings)
+    stack.push_async_callback(board.close)
+    runtime = Runtime(view, telemetry.tracer)
+    stack.push_async_callback(runtime.close)
+    watch = MeshWatch(config.registry, view.update)
+    stack.push_async_callback(watch.close)
+    service = RouterService(endpoint, view, board, runtime, tokenizers, telemetry, lambda: watch.connected)
+    server = Server(config.listen, lambda s: add_RouterServicer_to_server(service, s), [NAME])
+    stack.push_async_callback(server.stop)
+    endpoint.address = config.advertise or server.address
+    await server.start()
+    log.info("router %s listens on %s", endpoint.name, server.address)
+    announce(config.announce, server.address)
+    watch.start()
+    board.start()
+    await _join(config, endpoint, watch, stack)
+    if config.wait_engines:
+        log.info("waiting for %d engines", config.wait_engines)
+        await view.wait_connected(config.wait_engines)
+    await server.ready()
+    log.info("ready")
+    return server
+
+
+async def _join(config: RouterConfig, endpoint: Endpoint, watch: MeshWatch, stack: AsyncExitStack) -> None:
+    """Becomes a member, and waits until the watch has seen it: then the snapshot has come."""
+    member = Member(
+        endpoint=endpoint,
+        kind=MEMBER_KIND_ROUTER,
+        host_id=host_id(),
+        started_unix_ms=int(time.time() * 1000),
+        pid=os.getpid(),
+    )
+    membership = Membership(config.registry, member)
+    await membership.start(REGISTER_S)
+    stack.push_async_callback(membership.stop)
+    await watch.wait_for(lambda members: endpoint.name in members, REGISTER_S)

@@ -1,0 +1,1 @@
+"""The built-in strategies, one a file; found through the entry point group kvmesh.strategies."""
