@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.aio import Tasks
-from kvmesh.errors import Unavailable
 from kvmesh.detokenize import Detokenizer
+from kvmesh.errors import Unavailable
 
 log = logging.getLogger(__name__)
 

@@ -54,7 +54,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def connect(self, peer: KvPool) -> Connection:
-        """Opens the way into `peer`. Raises Unavailable when it cannot be reached, InvalidArgument when it does not fit."""
+        """Opens the way into `peer`. Raises Unavailable when it is not there, InvalidArgument when it does not fit."""
 
     def accept(self, write_id: int, slots: Slots) -> None:  # noqa: B027
         """The receiver's part of one write, called when it is granted. One-sided transports have none."""

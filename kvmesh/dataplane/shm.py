@@ -6,6 +6,7 @@ maps it. Peers must run under the same user and see each other's process numbers
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 import os
 from typing import TYPE_CHECKING
@@ -81,11 +82,9 @@ class SharedMemory:
     def close(self) -> None:
         """Closes the descriptor; the mapping goes with its last view."""
         os.close(self.fd)
-        try:
+        # Tensors that still look at it keep the mapping until they go.
+        with contextlib.suppress(BufferError):
             self._map.close()
-        except BufferError:
-            # Tensors still look at it: they keep the mapping until they go.
-            pass
 
 
 def create_pool(layout: Layout, rows: int, name: str) -> tuple[SharedMemory, Pool]:

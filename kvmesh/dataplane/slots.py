@@ -31,7 +31,8 @@ def from_runs(runs: SlotRuns, rows: int) -> Slots:
     if not len(starts):
         return np.empty(0, np.int64)
     before = np.concatenate(([0], np.cumsum(lengths)[:-1]))
-    return np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    slots: Slots = np.repeat(starts - before, lengths) + np.arange(int(lengths.sum()))
+    return slots
 
 
 def joint_runs(source: Slots, target: Slots) -> list[tuple[int, int, int]]:

@@ -43,7 +43,6 @@ class Ending:
     reason: str
     token: int | None = None
     message: str = ""
-    cached_tokens: int = 0
     retractions: int = 0
 
 
@@ -60,8 +59,9 @@ class Outputs(AsyncIterator[Output]):
     """The outputs of one generation, filled by the runtime. `abandon` is called if it is closed before its ending."""
 
     def __init__(self, abandon: Callable[[], None]) -> None:
-        # Monotonic: when the model first saw the request.
+        # Monotonic: when the model first saw the request; and how many tokens it did not have to prefill.
         self.began_ns = 0
+        self.cached_tokens = 0
         self._abandon = abandon
         self._waiting: deque[Output] = deque()
         self._wake = asyncio.Event()
@@ -164,9 +164,9 @@ class Runtime(abc.ABC):
 
     @abc.abstractmethod
     async def reserve(self, token_ids: Sequence[int], end: int, wait: float) -> Reservation:
-        """Locks what is cached of token_ids[:end] and reserves slots for the rest; `end` is a multiple of the page size.
+        """Locks what is cached of token_ids[:end] and reserves slots for the rest; `end` is a multiple of a page.
 
-        Waits `wait` seconds for room, in order of arrival. Raises ResourceExhausted. Cancelling leaves nothing reserved.
+        Waits `wait` seconds for room, first come first served. Raises ResourceExhausted. Cancelling leaves nothing.
         """
 
     @abc.abstractmethod

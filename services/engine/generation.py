@@ -7,9 +7,9 @@ from collections.abc import AsyncGenerator
 
 from opentelemetry.trace import Span, Tracer
 
+from kvmesh.detokenize import TextStream
 from kvmesh.errors import Internal, ResourceExhausted, Unavailable
 from kvmesh.telemetry import now_ns, record_span
-from kvmesh.detokenize import TextStream
 from kvmesh.v1 import common_pb2
 from kvmesh.v1 import engine_pb2 as pb
 from services.engine.base import Ending, Output, Outputs
@@ -30,7 +30,7 @@ class Generation:
         self._tracer = tracer
         self._span = span
         self._arrived = time.monotonic_ns()
-        self._began = self._first = 0
+        self._began = self._first = self._cached = 0
         self._count = 0
         self._last: int | None = None
 
@@ -38,7 +38,7 @@ class Generation:
         """The messages; the last has `finished`. Raises MeshError when the runtime gives up."""
         try:
             async for output in outputs:
-                self._began = outputs.began_ns
+                self._began, self._cached = outputs.began_ns, outputs.cached_tokens
                 if output.ending is not None:
                     yield self._ended(output.ending)
                     return
@@ -60,9 +60,10 @@ class Generation:
             self._first = time.monotonic_ns()
         used, stop = len(output.token_ids), None
         if self._text is not None:
-            for used, token in enumerate(output.token_ids, 1):  # noqa: B020
+            for i, token in enumerate(output.token_ids):
                 _, stop = self._text.add(token)
                 if stop is not None:
+                    used = i + 1
                     break
         if not used:
             return None, None
@@ -92,7 +93,7 @@ class Generation:
         first = self._first or now
         usage = common_pb2.GenerateUsage(
             prompt_tokens=self._prompt_tokens,
-            cached_tokens=0 if ending is None else ending.cached_tokens,
+            cached_tokens=self._cached,
             completion_tokens=self._count,
             retractions=0 if ending is None else ending.retractions,
             queue_seconds=max(0, began - self._arrived) / 1e9,

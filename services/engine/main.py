@@ -50,8 +50,8 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     """Starts an engine that `stack` stops; returns when it is ready. Raises MeshError."""
     incarnation = secrets.token_hex(16)
     name = config.name or f"engine-{incarnation[:8]}"
-    folder = Path(config.model).expanduser().resolve()
-    digest = model_digest(folder)
+    folder = await asyncio.to_thread(lambda: Path(config.model).expanduser().resolve())
+    digest = await asyncio.to_thread(model_digest, folder)
     run_dir = _run_dir(config, stack)
     # SGLang's scheduler sends SIGQUIT when it fails: its end is what is acted on.
     asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, lambda: log.error("SGLang failed; its log says why"))

@@ -47,12 +47,14 @@ class _Peer:
         self.endpoint = endpoint
         self.channel = channel(endpoint.address)
         self.stub = KvPeerStub(self.channel)
+        # Without an iterator of requests: they are written one by one.
+        self.write: Any = self.stub.Write
         self.users = 0
         self.pools: list[pb.KvPool] = []
 
 
 class Sender:
-    """RemoteSend over one runtime. Owns the channels to peers, and every write until its end is known to the receiver."""
+    """RemoteSend over one runtime. Owns the channels to peers, and every write until the receiver knows its end."""
 
     def __init__(self, endpoint: Endpoint, runtime: Runtime, host_id: str) -> None:
         self._endpoint = endpoint
@@ -78,7 +80,7 @@ class Sender:
         write_id = next(self._writes)
         committed = False
         word: asyncio.Future[Any] | None = None
-        call: Any = peer.stub.Write()
+        call: Any = peer.write()
         try:
             await call.write(self._begin(write_id, begin, end, ticket))
             grant = (await _word(asyncio.ensure_future(call.read()), "grant")).grant

@@ -64,7 +64,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         span = self._tracer.start_span(
             name,
             context=extract(context.invocation_metadata()),
-            kind=SpanKind.SERVER,  # type: ignore[arg-type]
+            kind=SpanKind.SERVER,
         )
         if span.is_recording():
             for key, value in attributes.items():
@@ -163,12 +163,8 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
                 self._tracer, "engine.prefill", span, shift + report.began_ns, shift + report.prefilled_ns, attributes
             )
         for piece in report.pieces:
-            attributes = {
-                "kvmesh.tokens": piece.tokens,
-                "kvmesh.bytes": piece.bytes,
-                "kvmesh.transport": sent.transport,
-            }
-            record_span(self._tracer, "engine.transfer", span, shift + piece.begin_ns, shift + piece.end_ns, attributes)
+            moved = {"kvmesh.tokens": piece.tokens, "kvmesh.bytes": piece.bytes, "kvmesh.transport": sent.transport}
+            record_span(self._tracer, "engine.transfer", span, shift + piece.begin_ns, shift + piece.end_ns, moved)
 
     @rpc
     async def Release(self, request: kv_pb2.ReleaseRequest, context: Context) -> kv_pb2.ReleaseResponse:

@@ -149,7 +149,7 @@ class TicketBook:
             raise FailedPrecondition(f"ticket {ticket.id} is being written into by {ticket.writer.name}")
         if begin != ticket.filled or not begin <= end <= ticket.end:
             raise InvalidArgument(
-                f"begin = {begin}, end = {end}: ticket {ticket.id} is filled to {ticket.filled} and ends at {ticket.end}"
+                f"begin = {begin}, end = {end}: ticket {ticket.id} holds {ticket.filled}, and ends at {ticket.end}"
             )
         ticket.writer = self._writers[writer.key] = writer
 
@@ -189,7 +189,7 @@ class TicketBook:
     def use(self, ticket: Ticket, begin: int) -> int:
         """Ends the ticket for the sake of a generation; its reservation is the caller's now.
 
-        Raises FailedPrecondition while it is being written into, InvalidArgument unless `begin` is how far it is filled.
+        Raises FailedPrecondition while it is being written into, InvalidArgument unless it is filled up to `begin`.
         """
         if ticket.writer is not None:
             raise FailedPrecondition(f"ticket {ticket.id} is still being written into by {ticket.writer.name}")

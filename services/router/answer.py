@@ -6,12 +6,12 @@ import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
 
+from kvmesh.detokenize import Detokenizer, TextStream
 from kvmesh.errors import MeshError
 from kvmesh.strategy import Chunk
 from kvmesh.v1.common_pb2 import FINISH_REASON_STOP_STRING
 from kvmesh.v1.engine_pb2 import GenerateFinished
 from kvmesh.v1.router_pb2 import GenerateDelta, GenerateDone
-from kvmesh.detokenize import Detokenizer, TextStream
 from services.router.ledger import Ledger
 
 LAST_WORD_S = 0.5

@@ -13,6 +13,7 @@ from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership, MeshWatch, SharedSettings
 from kvmesh.telemetry import Telemetry
+from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1.common_pb2 import Endpoint
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ROUTER, Member
 from kvmesh.v1.router_pb2_grpc import add_RouterServicer_to_server
@@ -20,7 +21,6 @@ from services.router.board import StrategyBoard, catalog
 from services.router.cli import RouterConfig
 from services.router.runtime import Runtime
 from services.router.service import NAME, RouterService
-from kvmesh.tokenizer import Tokenizers
 from services.router.view import MeshView
 
 log = logging.getLogger(__name__)

@@ -20,6 +20,7 @@ from kvmesh.ranges import check_tokens
 from kvmesh.sampling import check_sampling
 from kvmesh.strategy import Request
 from kvmesh.telemetry import Telemetry, extract, fail
+from kvmesh.tokenizer import Tokenizer, Tokenizers
 from kvmesh.v1 import router_pb2 as pb
 from kvmesh.v1 import router_pb2_grpc
 from kvmesh.v1.common_pb2 import Endpoint
@@ -28,7 +29,6 @@ from services.router.answer import Answer
 from services.router.board import Choice, StrategyBoard, describe
 from services.router.ledger import Ledger
 from services.router.runtime import Job, Runtime
-from kvmesh.tokenizer import Tokenizer, Tokenizers
 from services.router.view import MeshView
 
 NAME = "kvmesh.v1.Router"

@@ -197,8 +197,7 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
         seq, done = list(request.token_ids), 0
         end = engine_pb2.GenerateFinished(reason=common_pb2.FINISH_REASON_LENGTH)
         while done < request.sampling.max_new_tokens:
-            if done == self.die_after:
-                await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake engine was told to die")
+            await self._die(done, context)
             if self.pause_after is not None and done == self.pause_after[0]:
                 await self.pause_after[1].wait()
             new = answer(seq, min(self.chunk, request.sampling.max_new_tokens - done), self.step)
@@ -214,10 +213,15 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
             if new[-1] == EOS:
                 end.reason, end.stop_token_id = common_pb2.FINISH_REASON_STOP_TOKEN, EOS
                 break
+        await self._die(done, context)
         end.usage.prompt_tokens = len(request.token_ids)
         end.usage.cached_tokens = begin
         end.usage.completion_tokens = done
         await context.write(engine_pb2.StartGenerateResponse(finished=end))
+
+    async def _die(self, done: int, context: Any) -> None:
+        if done == self.die_after:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake engine was told to die")
 
     @rpc
     async def WatchStatus(self, request: engine_pb2.WatchStatusRequest, context: Any) -> None:  # type: ignore[override]

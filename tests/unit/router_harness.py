@@ -57,12 +57,7 @@ class Harness:
         return self
 
     async def _start(self) -> None:
-        self._backend = MemoryBackend()
-        await self._backend.start()
-        self._stack.push_async_callback(self._backend.close)
-        service = RegistryService(self._backend)
-        self.registry = Server("127.0.0.1:0", lambda s: add_RegistryServicer_to_server(service, s), [REGISTRY])
-        await self.registry.start()
+        await self.start_registry("127.0.0.1:0")
         self._stack.push_async_callback(self.stop_registry)
         for engine in self.engines:
             await engine.start(self.registry.address)
@@ -72,8 +67,16 @@ class Harness:
     async def __aexit__(self, *error: Any) -> None:
         await self._stack.aclose()
 
+    async def start_registry(self, address: str) -> None:
+        """A registry that knows nothing yet."""
+        self._backend = MemoryBackend()
+        await self._backend.start()
+        service = RegistryService(self._backend)
+        self.registry = Server(address, lambda s: add_RegistryServicer_to_server(service, s), [REGISTRY])
+        await self.registry.start()
+
     async def stop_registry(self) -> None:
-        self._backend.end_watches()
+        await self._backend.close()
         await self.registry.stop(0)
 
     async def start_router(self, **settings: Any) -> Any:

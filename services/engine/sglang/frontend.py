@@ -98,6 +98,8 @@ class Frontend:
         import torch
 
         os.environ[ENGINE_VARIABLE] = self._environment
+        # Log-probabilities as the model gives them, whatever the temperature.
+        os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
         cuda = torch.cuda.is_available()
         if not cuda:
             os.environ["SGLANG_PLATFORM"] = PLATFORM
@@ -185,6 +187,9 @@ class Frontend:
         await asyncio.to_thread(self._end_processes)
         if self._context is not None:
             self._context.destroy(linger=0)
+        await asyncio.to_thread(self._clean)
+
+    def _clean(self) -> None:
         if self._instance:
             for path in Path("/dev/shm").glob(f"sglang_loads_{self._instance}*"):
                 with contextlib.suppress(OSError):

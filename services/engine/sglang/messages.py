@@ -67,7 +67,7 @@ class MeshSent(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     computed: int = 0
     began: int = 0
     prefilled: int = 0
-    pieces: list[int] = []
+    pieces: list[int] = []  # noqa: RUF012 (msgspec copies it)
     error: str = ""
     aborted: bool = False
 

@@ -46,6 +46,8 @@ def layout_of(pool: Any) -> Layout:
 class TorchPagedAllocator(PagedTokenToKVPoolAllocator):  # type: ignore[misc]
     """The stock one launches Triton kernels for page sizes above 1; this one uses torch operations."""
 
+    free_pages: torch.Tensor
+
     def alloc_extend(
         self,
         prefix_lens: torch.Tensor,

@@ -27,6 +27,7 @@ log = logging.getLogger(__name__)
 
 # How long the scheduler may take to answer what needs no waiting: a forward pass may be in between.
 ANSWER_S = 60.0
+SAME_NAMES = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
 
 
 class SglangRuntime(Runtime):
@@ -122,12 +123,13 @@ class SglangRuntime(Runtime):
             if stream is None:
                 continue
             logprobs = message.output_token_logprobs_val[i] if message.output_token_logprobs_val else ()
+            stream.cached_tokens = message.cached_tokens[i]
             ids = message.output_ids[i]
             if len(ids):
                 stream.put(Output(token_ids=ids.tolist(), logprobs=list(logprobs or ())))
             if (reason := message.finished_reasons[i]) is not None:
                 retractions = message.retraction_counts[i] if message.retraction_counts else 0
-                self._end(rid, _ending(reason, message.cached_tokens[i], retractions))
+                self._end(rid, _ending(reason, retractions))
 
     async def reserve(self, token_ids: Sequence[int], end: int, wait: float) -> Reservation:
         """As the base says; a reservation that comes after nobody waits is freed."""
@@ -272,14 +274,14 @@ def _hashes(raw: bytes) -> Sequence[int]:
     return values
 
 
-def _ending(reason: dict[str, Any], cached: int, retractions: int) -> Ending:
+def _ending(reason: dict[str, Any], retractions: int) -> Ending:
     kind = reason["type"]
     if kind == "abort":
         message = str(reason.get("message") or "the request was aborted")
-        return Ending("failed", message=message, cached_tokens=cached, retractions=retractions)
+        return Ending("failed", message=message, retractions=retractions)
     matched = reason.get("matched")
     token = matched if isinstance(matched, int) else None
-    return Ending("stop" if kind == "stop" else "length", token, cached_tokens=cached, retractions=retractions)
+    return Ending("stop" if kind == "stop" else "length", token, retractions=retractions)
 
 
 def _request(rid: str, token_ids: Sequence[int], sampling: SamplingParams, max_new: int) -> Any:
@@ -304,13 +306,13 @@ def _request(rid: str, token_ids: Sequence[int], sampling: SamplingParams, max_n
 def _sampling(given: SamplingParams, max_new: int) -> Any:
     from sglang.srt.sampling import sampling_params as sglang
 
-    fields = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+    given_fields = {field.name for field, _ in given.ListFields()}
     params = sglang.SamplingParams(
         max_new_tokens=max_new,
         ignore_eos=given.ignore_eos,
         stop_token_ids=set(given.stop_token_ids) or None,
         sampling_seed=given.seed if given.HasField("seed") else random.randint(0, MAX_SEED),
-        **{f: getattr(given, f) for f in fields if given.HasField(f)},
+        **{f: getattr(given, f) for f in SAME_NAMES if f in given_fields},
     )
     params.normalize(None)
     return params

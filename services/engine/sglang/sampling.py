@@ -10,6 +10,8 @@ import torch
 def register(hooks: Any, kind: Any) -> None:
     """Makes every request sample by its own seed; the front gives one to each."""
     hooks.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seed, kind.AFTER)
+    if not torch.cuda.is_available():
+        hooks.register("sglang.srt.layers.sampler.multinomial_with_seed", _choose, kind.REPLACE)
     hooks.register("sglang.srt.layers.sampler.top_k_top_p_min_p_sampling_from_probs_torch", _sample, kind.REPLACE)
 
 
@@ -20,6 +22,20 @@ def _seed(info: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> Any:
         seeds = [r.sampling_params.sampling_seed or 0 for r in batch.reqs]
         info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=batch.device)
     return info
+
+
+def _choose(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+    """One index a row of `logprobs` [batch, vocab], drawn by seed and position; the stock one is a Triton kernel.
+
+    Largest of log-probability plus Gumbel noise (the Gumbel-max trick).
+    """
+    chosen = torch.empty(len(logprobs), 1, dtype=torch.int64)
+    generator = torch.Generator()
+    for i, (number, at) in enumerate(zip(seed.tolist(), positions.tolist(), strict=True)):
+        generator.manual_seed((number << 32) + at)
+        noise = torch.empty(logprobs.shape[1], dtype=torch.float64).exponential_(generator=generator).log_().neg_()
+        chosen[i] = torch.argmax(logprobs[i].to(torch.float64) + noise)
+    return chosen
 
 
 def _sample(
