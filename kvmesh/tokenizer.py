@@ -65,6 +65,10 @@ class Tokenizers:
         self._failed: dict[str, float] = {}
         self._tasks = Tasks()
 
+    def import_library(self) -> None:
+        """Begins to import what takes seconds, before a model is known."""
+        self._tasks.start(asyncio.to_thread(_library), "import the tokenizer library")
+
     def prepare(self, path: str) -> asyncio.Task[Tokenizer | None]:
         """Begins to load what is not loaded."""
         if path in self._failed and time.monotonic() - self._failed[path] >= RETRY_S:
@@ -100,9 +104,18 @@ class Tokenizers:
         await self._tasks.close()
 
 
-def _load_from(path: str) -> Tokenizer:
-    if not Path(path).is_dir():
-        raise FileNotFoundError(f"{path!r} is not a folder here")
-    from transformers import AutoTokenizer
+def _library() -> Any:
+    try:
+        from transformers import AutoTokenizer
+    except ImportError:
+        log.info("transformers is not installed: token prompts only")
+        return None
+    return AutoTokenizer
 
-    return Tokenizer(AutoTokenizer.from_pretrained(path, local_files_only=True))
+
+def _load_from(path: str) -> Tokenizer:
+    if not path or not Path(path).is_dir():
+        raise FileNotFoundError(f"{path!r} is not a folder here")
+    if (library := _library()) is None:
+        raise ModuleNotFoundError("transformers is not installed")
+    return Tokenizer(library.from_pretrained(path, local_files_only=True))

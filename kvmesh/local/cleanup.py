@@ -16,6 +16,8 @@ from kvmesh.local import scratch
 from kvmesh.local.state import MeshDir, MeshState, ProcessId
 
 SHM = Path("/dev/shm")
+# Seconds for a resource tracker to clean up, once all that it tracks for have ended.
+TRACKER_PATIENCE = 1.0
 INSTANCE = re.compile(r"[A-Za-z0-9_-]{4,64}")
 POOL = re.compile(r"shm:(kvmesh-[0-9a-f]{32}-r[0-9]+)")
 
@@ -59,12 +61,26 @@ def wait_gone(targets: Iterable[ProcessId], timeout: float) -> bool:
 
 
 def kill_session(leader: ProcessId, timeout: float = 5) -> None:
-    """SIGKILL for every process of the session, until there is none; `timeout` seconds at most."""
+    """SIGKILL for every process of the session, until there is none; `timeout` seconds at most.
+
+    Python's resource trackers are last, and get a moment: they remove what the others left in shared memory, and end.
+    """
     deadline = time.monotonic() + timeout
     while (members := session_members(leader)) and time.monotonic() < deadline:
+        trackers = [m for m in members if _is_tracker(m)]
         for member in members:
-            send(member, signal.SIGKILL)
-        wait_gone(members, 1)
+            if member not in trackers:
+                send(member, signal.SIGKILL)
+        wait_gone([m for m in members if m not in trackers], 1)
+        if not wait_gone(trackers, TRACKER_PATIENCE):
+            for tracker in trackers:
+                send(tracker, signal.SIGKILL)
+
+
+def _is_tracker(process: ProcessId) -> bool:
+    with contextlib.suppress(psutil.Error):
+        return any("resource_tracker import main" in word for word in psutil.Process(process.pid).cmdline())
+    return False
 
 
 def remove_shared_memory(folder: Path) -> None:

@@ -26,6 +26,10 @@ STRATEGIES = ("data_parallel", "prefill_decode", "balanced_prefill_decode")
 NEW_TOKENS = 24
 REQUEST_TIMEOUT = 120.0
 LENGTHS = (24, 80, 160, 320, 560, 800)
+LEGEND = (
+    "TTFT: time to the first token. TPOT: time per token after it. JCT: time to the end. Engines that share one small "
+    "machine gain nothing by sharing the work: what counts here is that the tokens are the same, and what moved."
+)
 STORY = (
     "A mesh of engines shares one memory. One of them reads the prompt, another one writes the answer, and between the "
     "two travel the keys and values of every token that was read. Who reads and who writes is not fixed: a few lines "
@@ -75,7 +79,8 @@ async def run(options: MeshOptions, keep: bool) -> int:
     model, tiny = await asyncio.to_thread(resolve_model, options.model)
     what = "a tiny random Llama (its text is gibberish, its arithmetic is real)" if tiny else str(model)
     console.rule("[bold]kvmesh demo")
-    console.print(f"Model: {what}.\nStarting a mesh on this machine: etcd, registry, two SGLang engines, router.")
+    console.print(f"Model: {what}.")
+    console.print("Starting a mesh on this machine: etcd, registry, two SGLang engines (most of the wait), router.")
     code: list[int] = []
     async with interrupts() as stop, LocalMesh(MeshDir(options.name), str(model)) as mesh:
         shown = False
@@ -116,6 +121,7 @@ async def _show(mesh: LocalMesh, console: Console, code: list[int]) -> None:
     first = outcome.results[STRATEGIES[0]][0]
     console.print(f"\nFor example {prompts()[0]!r} goes on {first.text!r}\n", markup=False)
     console.print(_table(outcome, list(engines)))
+    console.print(LEGEND, style="dim")
     differences = outcome.differences()
     total = sum(len(r.token_ids) for r in outcome.results[STRATEGIES[0]])
     if differences:
@@ -125,7 +131,7 @@ async def _show(mesh: LocalMesh, console: Console, code: list[int]) -> None:
     else:
         console.print(f"\nAll three strategies gave the same {total} tokens.", style="bold green")
     longest = outcome.results["prefill_decode"][-1]
-    console.print(f"\nWhere the time of the longest prompt went under prefill_decode (request {longest.request_id}):")
+    console.print("\nWhere the time of the longest prompt went under prefill_decode, as `kvmesh trace` shows it:")
     spans = await asyncio.to_thread(settled_trace, longest.request_id, [mesh.place.traces], 5.0)
     if spans:
         console.print(Waterfall(spans))
@@ -172,9 +178,10 @@ async def flush(address: str, patience: float = 10) -> None:
 
 
 def _table(outcome: Outcome, engines: list[str]) -> Table:
-    title = f"Means over {len(LENGTHS)} prompts, one at a time; sums of tokens and bytes"
-    table = Table(title=title, title_justify="left")
-    table.add_column("strategy")
+    table = Table(
+        title=f"{len(LENGTHS)} prompts, one at a time: means of times, sums of tokens and bytes", title_justify="left"
+    )
+    table.add_column("strategy", no_wrap=True, min_width=max(map(len, STRATEGIES)))
     for column in ("TTFT ms", "TPOT ms", "JCT ms", *(f"prefilled on {e}" for e in engines), "KV moved"):
         table.add_column(column, justify="right")
     for name, results in outcome.results.items():

@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TextIO
+from typing import Any, TextIO
 
-from google.protobuf.json_format import MessageToDict
+from google.protobuf.message import Message
 from rich.console import Group
 from rich.table import Table
 from rich.text import Text
@@ -153,6 +153,11 @@ def share_text(share: pb.EngineShare) -> str:
 def result_json(result: Result) -> str:
     """The whole result as one JSON object."""
     fields = {f.name: getattr(result, f.name) for f in dataclasses.fields(result)}
-    fields["usage"] = MessageToDict(result.usage, preserving_proto_field_name=True)
-    fields["shares"] = [MessageToDict(s, preserving_proto_field_name=True) for s in result.shares]
+    fields["usage"] = _flat(result.usage)
+    fields["shares"] = [_flat(share) for share in result.shares]
     return json.dumps(fields, ensure_ascii=False)
+
+
+def _flat(message: Message) -> dict[str, Any]:
+    """A message of scalars; protobuf's own JSON would make strings of its large integers."""
+    return {field.name: getattr(message, field.name) for field in message.DESCRIPTOR.fields}

@@ -15,11 +15,11 @@ COLOURS = ("cyan", "green", "magenta", "blue", "yellow")
 # Columns of a number, between columns, and what must be left for bar and details to share a line.
 NUMBER, GAP, BESIDE = 9, 2, 70
 # Told elsewhere, or of no use to a reader.
-HIDDEN = {REQUEST_ID, "kvmesh.trace_id", "error.type", "rpc.system"}
+HIDDEN = {REQUEST_ID, "kvmesh.trace_id", "error.type", "rpc.system", "gen_ai.operation.name", "kvmesh.strategy"}
 
 
 class Waterfall:
-    """A rich renderable of the spans of one trace. Details end a line, or stand below it when it is narrow."""
+    """A rich renderable of the spans of one trace. Details end a line, or stand below it on a narrow terminal."""
 
     def __init__(self, spans: Iterable[Span]) -> None:
         self.spans = list(spans)
@@ -46,16 +46,22 @@ class Waterfall:
                 f"{span.end - span.start:.1f}",
             )
             drawn = _bar(span.start - begin, span.end - begin, end - begin, bar)
-            details = _details(span)
             line.append(drawn.ljust(bar) if wide else drawn, style="red" if span.error else colours[span.instance])
+            indent = len(line) + GAP if wide else len(label) - len(label.lstrip()) + 2
+            details = _wrapped(_details(span), console, options.max_width - indent)
             if wide and details:
-                line.append(" " * GAP).append(details)
-                line.truncate(options.max_width, overflow="ellipsis")
+                line.append(" " * GAP).append(details.pop(0))
             yield line
-            if not wide and details:
-                below = Text(" " * (len(label) - len(label.lstrip()) + 2)).append(details)
-                below.truncate(options.max_width, overflow="ellipsis")
-                yield below
+            for part in details:
+                yield Text(" " * indent, no_wrap=True).append(part)
+
+
+def _wrapped(text: Text, console: Console, width: int) -> list[Text]:
+    """`text` in lines of `width`; none for no text."""
+    lines = list(text.wrap(console, max(20, width))) if text else []
+    for line in lines:
+        line.rstrip()
+    return lines
 
 
 def _line(label: tuple[str, int, str], instance: tuple[str, int, str], at: str, took: str) -> Text:
@@ -101,19 +107,16 @@ def _details(span: Span) -> Text:
         kind = span.attributes.get("error.type")
         return Text(f"{kind}: {span.error}" if kind else span.error, style="red")
     shown = {k: v for k, v in span.attributes.items() if k not in HIDDEN and v not in ("", None)}
-    return Text("  ".join(f"{_short(k)}={_value(k, v)}" for k, v in shown.items()), style="dim")
+    return Text("  ".join(_detail(k, v) for k, v in shown.items()), style="dim")
 
 
-def _short(key: str) -> str:
-    return key.removeprefix("kvmesh.").removeprefix("gen_ai.")
-
-
-def _value(key: str, value: Any) -> str:
+def _detail(key: str, value: Any) -> str:
+    name = key.removeprefix("kvmesh.").removeprefix("gen_ai.")
     if isinstance(value, int) and not isinstance(value, bool) and key.endswith("bytes"):
-        return human_bytes(value)
-    if isinstance(value, float):
-        return f"{value:.4g}"
-    return str(value)
+        return f"{name}={human_bytes(value)}"
+    if isinstance(value, float) and key.endswith("_s"):
+        return f"{name.removesuffix('_s')}={value * 1000:.1f}ms"
+    return f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}"
 
 
 def human_bytes(count: int) -> str:

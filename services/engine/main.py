@@ -16,17 +16,17 @@ from hashlib import blake2b
 from pathlib import Path
 
 from kvmesh.blocks import BLOCK_TOKENS
-from kvmesh.errors import InvalidArgument, Unavailable
+from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2_grpc
-from kvmesh.v1.common_pb2 import Endpoint
+from kvmesh.v1.common_pb2 import Endpoint, SamplingParams
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
 from services.engine.base import Runtime
-from services.engine.cli import EngineConfig
+from services.engine.cli import DTYPES, EngineConfig
 from services.engine.receiver import Receiver
 from services.engine.sender import Sender
 from services.engine.service import NAMES, EngineService
@@ -37,6 +37,7 @@ log = logging.getLogger(__name__)
 
 REGISTER_S = 60.0
 CPU_KV_TOKENS, CPU_CHUNK_TOKENS = 16384, 512
+WARM_TOKENS, WARM_S = 64, 300.0
 
 
 async def serve(config: EngineConfig) -> None:
@@ -59,7 +60,8 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     stack.push_async_callback(runtime.stop)
     began = time.monotonic()
     await runtime.start()
-    log.info("%s is loaded after %.1f s", runtime.version, time.monotonic() - began)
+    await warm_up(runtime)
+    log.info("%s is loaded and warm after %.1f s", runtime.version, time.monotonic() - began)
 
     endpoint = Endpoint(name=name, incarnation=incarnation)
     telemetry = Telemetry("engine", name, config)
@@ -94,6 +96,13 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     return runtime
 
 
+def _dtype(config: EngineConfig, folder: Path) -> str:
+    """For `auto`, what the model's configuration says: SGLang alone makes float16 of float32."""
+    content = json.loads((folder / "config.json").read_text())
+    said = content.get("dtype") or content.get("torch_dtype")
+    return str(said) if config.dtype == "auto" and said in DTYPES else config.dtype
+
+
 def _runtime(config: EngineConfig, folder: Path, digest: str, run_dir: Path, incarnation: str) -> Runtime:
     import torch
 
@@ -103,7 +112,7 @@ def _runtime(config: EngineConfig, folder: Path, digest: str, run_dir: Path, inc
     cpu = not torch.cuda.is_available()
     options = SglangOptions(
         model=str(folder),
-        dtype=config.dtype,
+        dtype=_dtype(config, folder),
         kv_tokens=config.kv_tokens or (CPU_KV_TOKENS if cpu else 0),
         page_size=config.page_size,
         chunk_tokens=config.chunk_tokens or (CPU_CHUNK_TOKENS if cpu else 0),
@@ -111,6 +120,33 @@ def _runtime(config: EngineConfig, folder: Path, digest: str, run_dir: Path, inc
         extra=dict(config.parsed_sglang()),
     )
     return SglangRuntime(options, digest, run_dir, incarnation)
+
+
+async def warm_up(runtime: Runtime) -> None:
+    """Lets first-time costs be over before the first request. Raises Unavailable when the model does not answer."""
+    prompt = [i % runtime.model.vocab_size for i in range(min(WARM_TOKENS, runtime.model.context_length - WARM_TOKENS))]
+    try:
+        async with asyncio.timeout(WARM_S):
+            for temperature in (0.0, 1.0):
+                sampling = SamplingParams(temperature=temperature, top_k=8, ignore_eos=True)
+                async for output in (outputs := runtime.generate(prompt, sampling, 4, None)):
+                    if output.ending is not None:
+                        if output.ending.reason == "failed":
+                            raise Unavailable(f"the warm-up failed: {output.ending.message}")
+                        break
+                outputs.close()
+            await _flush(runtime)
+    except TimeoutError:
+        raise Unavailable(f"the model does not answer within {WARM_S:g} s") from None
+
+
+async def _flush(runtime: Runtime) -> None:
+    while True:
+        try:
+            return await runtime.flush()
+        except FailedPrecondition:
+            # The scheduler needs a moment to drop a request that has ended.
+            await asyncio.sleep(0.02)
 
 
 def _run_dir(config: EngineConfig, stack: AsyncExitStack) -> Path:

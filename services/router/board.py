@@ -104,8 +104,9 @@ class StrategyBoard:
         return Choice(strategy, dict(given), strategy.bind(given), revision)
 
     def _apply(self, choice: Choice) -> None:
-        # Our own put and the watch may overtake each other; a store that lost its past starts again at revision 1.
-        if choice.revision != self.current.revision:
+        # Our own put and the watch may overtake each other; a store that lost its past starts again at revision 1, and
+        # may come to the revision known here with another choice.
+        if choice != self.current:
             self.current = choice
             log.info("strategy %s is in force, revision %d", choice.strategy.name, choice.revision)
 

@@ -43,6 +43,7 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     telemetry = Telemetry("router", endpoint.name, config)
     stack.callback(telemetry.close)
     tokenizers = Tokenizers()
+    tokenizers.import_library()
     stack.push_async_callback(tokenizers.close)
     view = MeshView(on_model=lambda model: tokenizers.prepare(model.path))
     stack.push_async_callback(view.close)
@@ -67,6 +68,8 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     if config.wait_engines:
         log.info("waiting for %d engines", config.wait_engines)
         await view.wait_connected(config.wait_engines)
+        # The first prompt does not have to wait for what takes seconds to load.
+        await asyncio.gather(*(tokenizers.get(model.path) for model in view.models.values()))
     await server.ready()
     log.info("ready")
     return server

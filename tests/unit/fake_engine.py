@@ -91,8 +91,10 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
         await self.server.stop(0)
 
     async def kill(self) -> None:
-        """Drops every connection; the registry is not told."""
+        """Drops every connection, and forgets all it held; the registry is not told."""
         await self.server.stop(0)
+        self.tickets.clear()
+        await self.changed()
 
     async def until(self, predicate: Callable[[], bool], timeout: float = 5.0) -> None:
         """Waits until `predicate` holds; it is looked at after every progress of a call."""

@@ -37,6 +37,21 @@ pathlib.Path(sys.argv[1] + ".child").write_text(str(child.pid))
 pathlib.Path(sys.argv[1]).write_text("127.0.0.1:1")
 signal.pause()
 """
+# Has a child that holds a named semaphore, which Python's resource tracker removes after it; ends at SIGTERM at once.
+TRACKED = """
+import multiprocessing, pathlib, signal, sys, time
+def hold(path):
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    lock = multiprocessing.get_context("spawn").Lock()
+    pathlib.Path(path + ".semaphore").write_text(lock._semlock.name)
+    pathlib.Path(path).write_text("127.0.0.1:1")
+    while True: time.sleep(60)
+if __name__ == "__main__":
+    multiprocessing.get_context("fork").Process(target=hold, args=(sys.argv[1],)).start()
+    multiprocessing.resource_tracker.ensure_running()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.pause()
+"""
 # Never announces.
 SLOW = "import signal; signal.pause()"
 FAILING = "import sys; print('about to fail'); sys.exit('no such model')"

@@ -243,7 +243,7 @@ async def test_strategies_and_the_one_in_force(client, h):
     assert (result.strategy, result.strategy_revision) == ("balanced_prefill_decode", chosen.revision)
     with pytest.raises(NotFound, match="'none'"):
         await client.set_strategy("none")
-    with pytest.raises(InvalidArgument, match="ratio = 2.0 is not 0 to 1"):
+    with pytest.raises(InvalidArgument, match=r"ratio = 2\.0 is not 0 to 1"):
         await client.set_strategy("balanced_prefill_decode", {"ratio": 2})
     assert await client.strategy() == chosen
     seen = await blocking(h, lambda made: (made.strategy(), [s.name for s in made.strategies()], made.mesh()))
@@ -262,9 +262,9 @@ async def test_the_mesh(client, h):
 
 async def test_nobody_there():
     async with AsyncClient("127.0.0.1:1") as made:
-        with pytest.raises(Unavailable, match="no kvmesh router answers at 127.0.0.1:1"):
+        with pytest.raises(Unavailable, match=r"no kvmesh router answers at 127\.0\.0\.1:1"):
             await made.mesh()
-        with pytest.raises(Unavailable, match="no kvmesh router answers at 127.0.0.1:1"):
+        with pytest.raises(Unavailable, match=r"no kvmesh router answers at 127\.0\.0\.1:1"):
             await made.generate([1]).wait()
     with pytest.raises(InvalidArgument, match="'nowhere' is not HOST:PORT"):
         AsyncClient("nowhere")

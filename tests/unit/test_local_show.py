@@ -168,4 +168,5 @@ def test_the_result_as_json_has_everything():
     fields = json.loads(result_json(result(matched=5, reason="stop_token")))
     assert fields["text"] == "ü!" and fields["token_ids"] == [195, 188, 33] and fields["matched"] == 5
     assert fields["usage"]["cached_tokens"] == 99 and fields["shares"][0]["engine"] == "engine-0"
+    assert fields["shares"][0]["sent_bytes"] == 2048 and fields["shares"][0]["decoded_tokens"] == 0
     assert "\n" not in result_json(result())

@@ -18,6 +18,7 @@ from local_processes import (
     SERVING,
     SLOW,
     STUBBORN,
+    TRACKED,
     announced,
     content,
     gone,
@@ -106,6 +107,21 @@ async def test_a_child_that_crashes_is_told_and_cleaned_after(place):
     finally:
         for path in (shm, other):
             path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("crash", [False, True])
+async def test_semaphores_of_killed_processes_are_removed_by_their_resource_tracker(place, crash):
+    async with LocalMesh(place, "") as mesh:
+        await mesh.start(one("engine-0", TRACKED), TIMEOUT)
+        path = Path("/dev/shm") / ("sem." + content(mesh.work / "engine-0.address.semaphore").lstrip("/"))
+        assert path.exists()
+        if crash:
+            os.kill(mesh.children[0].id.pid, signal.SIGKILL)
+            async with asyncio.timeout(TIMEOUT):
+                await mesh.deaths.get()
+            assert not path.exists()
+    assert not path.exists()
+    nothing_left(place, mesh.children[0].id)
 
 
 async def test_a_second_mesh_of_the_same_name_is_refused_and_harms_nothing(place):

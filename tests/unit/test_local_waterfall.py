@@ -26,7 +26,17 @@ REQUEST = [
     span("c", "b", "prefill", 20, 60, "engine-0", kvmesh__tokens=799),
     span("a", "", "request", 0, 100, kvmesh__request_id="r-1", gen_ai__usage__input_tokens=800),
     span("d", "a", "kvmesh.v1.Engine/StartGenerate", 62, 100, "engine-1"),
-    span("b", "a", "remote_send", 10, 61, kvmesh__sent_bytes=818176, kvmesh__transport="shm", kvmesh__ratio=0.123456),
+    span(
+        "b",
+        "a",
+        "remote_send",
+        10,
+        61,
+        kvmesh__sent_bytes=818176,
+        kvmesh__transport="shm",
+        kvmesh__ratio=0.123456,
+        kvmesh__queue_s=0.00123,
+    ),
 ]
 
 
@@ -59,7 +69,7 @@ def test_every_span_has_its_line_with_times_and_no_line_is_too_wide(width):
 
 def test_details_are_short_and_people_can_read_them():
     text = "\n".join(lines(REQUEST, 200))
-    assert "sent_bytes=799.0 KiB  transport=shm  ratio=0.1235" in text
+    assert "sent_bytes=799.0 KiB  transport=shm  ratio=0.1235  queue=1.2ms" in text
     assert "usage.input_tokens=800" in text and "tokens=799" in text
     assert "r-1" not in text and "kvmesh.sent" not in text
 
@@ -70,6 +80,13 @@ def test_on_a_narrow_terminal_details_stand_below():
     assert shown[at + 1].strip().startswith("sent_bytes=799.0 KiB") and shown[at + 1].startswith("    ")
     wide = lines(REQUEST, 200)
     assert len(wide) == 5 and len(shown) > 5
+
+
+def test_details_that_are_too_long_go_on_in_the_next_line():
+    attributes = {f"key{i}": "v" * 10 for i in range(20)}
+    for width in (100, 200):
+        shown = lines([span("a", "", "x", 0, 5, **attributes)], width)
+        assert "".join(shown).count("v" * 10) == 20 and max(map(len, shown)) <= width and len(shown) > 2
 
 
 def test_bars_are_to_scale_and_in_their_place():

@@ -26,6 +26,11 @@ SPLIT = ALL[1:]
 CODES = grpc.StatusCode
 
 
+def stages(*of_all: str, split: tuple[str, ...]) -> list[tuple[str, str]]:
+    """(strategy, stage): those of all strategies, and those of the ones that split a prompt."""
+    return [(name, stage) for name in ALL for stage in of_all] + [(name, stage) for name in SPLIT for stage in split]
+
+
 @pytest.fixture
 async def h(tmp_path) -> AsyncIterator[Harness]:
     async with Harness(2, tmp=tmp_path) as harness:
@@ -126,11 +131,8 @@ async def test_every_engine_dies(h3):
     await nothing_left(h3)
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("stage", ["PrepRecv", "RemoteSend", "StartGenerate"])
+@pytest.mark.parametrize(("name", "stage"), stages("StartGenerate", split=("PrepRecv", "RemoteSend")))
 async def test_an_engine_is_killed_at_a_stage(h, name, stage):
-    if name == "data_parallel" and stage != "StartGenerate":
-        pytest.skip("not a stage of it")
     victim = h.engines[0] if stage == "RemoteSend" else generating(h, name)
     victim.gates[stage] = asyncio.Event()
     task = asyncio.create_task(h.generate(PROMPT, strategy=name))
@@ -278,13 +280,12 @@ async def test_a_ticket_that_the_engine_refuses_is_gone_without(h, state):
 # Callers that leave
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("stage", ["PrepRecv", "RemoteSend", "StartGenerate", "streaming", "last"])
+@pytest.mark.parametrize(
+    ("name", "stage"), stages("StartGenerate", "streaming", "last", split=("PrepRecv", "RemoteSend"))
+)
 @pytest.mark.parametrize("late", [False, True])
 async def test_the_caller_cancels_at_a_stage(h, name, stage, late):
     """`late`: what the engine was doing goes on after all, once the caller is gone."""
-    if name == "data_parallel" and stage in ("PrepRecv", "RemoteSend"):
-        pytest.skip("not a stage of it")
     engine, gate = h.engines[0] if stage == "RemoteSend" else generating(h, name), asyncio.Event()
     if stage in ("streaming", "last"):
         engine.pause_after = (3 if stage == "streaming" else 7, gate)
@@ -335,11 +336,8 @@ async def test_callers_cancel_at_random_moments(h):
 # Deadlines
 
 
-@pytest.mark.parametrize("name", ALL)
-@pytest.mark.parametrize("stage", ["PrepRecv", "StartGenerate", "streaming"])
+@pytest.mark.parametrize(("name", "stage"), stages("StartGenerate", "streaming", split=("PrepRecv",)))
 async def test_the_deadline_passes_at_a_stage(h, name, stage):
-    if name == "data_parallel" and stage == "PrepRecv":
-        pytest.skip("not a stage of it")
     for engine in h.engines:
         if stage == "streaming":
             engine.pause_after = (3, asyncio.Event())
@@ -677,7 +675,9 @@ async def test_the_spans_of_one_request(h):
     # Each engine was handed its own sub-request as parent.
     sent = {m: meta["traceparent"] for e in h.engines for m, meta in e.metadata}
     for method, sub in zip(("PrepRecv", "RemoteSend", "StartGenerate"), subs, strict=True):
-        assert sent[method] == f"00-{r.done.trace_id}-{sub['context']['span_id'][2:]}-01"
+        version, trace_id, span_id, flags = sent[method].split("-")
+        assert (version, trace_id, f"0x{span_id}") == ("00", r.done.trace_id, sub["context"]["span_id"])
+        assert int(flags, 16) & 1
 
 
 async def test_the_caller_s_trace_is_gone_on_with(h):

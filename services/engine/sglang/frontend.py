@@ -103,6 +103,8 @@ class Frontend:
         cuda = torch.cuda.is_available()
         if not cuda:
             os.environ["SGLANG_PLATFORM"] = PLATFORM
+            # Nothing worth compiling runs on the CPU, and the first requests would wait for a C++ compiler.
+            os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
         # SGLang puts its sockets and files there, and so does torch's compiler.
         self._run_dir.mkdir(parents=True, exist_ok=True)
         tempfile.tempdir = os.environ["TMPDIR"] = str(self._run_dir)
