@@ -6,7 +6,7 @@ BENCH ?=
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check proto bench clean
+.PHONY: help setup demo test lint types check format proto docs bench clean
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -22,7 +22,7 @@ test: setup ## Runs all tests; TESTS=tests/unit runs some.
 
 lint: setup ## Looks over the code with ruff.
 	@$(PY) -m ruff check .
-	@$(PY) -m ruff format --check --quiet . || { echo "run: $(PY) -m ruff format ."; exit 1; }
+	@$(PY) -m ruff format --check --quiet . || { echo "run: make format"; exit 1; }
 
 types: setup ## Checks the types with mypy.
 	@$(PY) -m mypy
@@ -35,6 +35,12 @@ proto: ## Generates the gRPC code from protos/ again.
 
 bench: setup ## Measures this machine: start, router overhead, copy rate; BENCH hands options on.
 	@$(PY) -m benchmarks $(BENCH)
+
+docs: setup ## Brings the tables in docs/ up to date with settings and protos.
+	@$(PY) scripts/docs_tables.py
+
+format: setup ## Formats the code with ruff.
+	@$(PY) -m ruff format --quiet .
 
 clean: ## Removes what was built in this clone; the environment that all clones share stays.
 	@rm -rf .venv build kvmesh.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from hashlib import blake2b
 
+from kvmesh.errors import InvalidArgument
 from kvmesh.v1.common_pb2 import KvLayout
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -25,6 +26,10 @@ class Layout:
     v_dim: int
     page_size: int
     ranks: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dtype not in ITEM_BYTES:
+            raise InvalidArgument(f"KV of dtype {self.dtype!r} cannot be moved: it is not {', '.join(ITEM_BYTES)}")
 
     @property
     def fingerprint(self) -> str:

@@ -6,13 +6,22 @@ import abc
 import asyncio
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
-from kvmesh.dataplane.layout import Layout
-from kvmesh.dataplane.slots import Slots
-from kvmesh.process import ProcessRef
+from kvmesh.endpoint.base import KvHolder, Piece, Reservation, SendReport
 from kvmesh.v1.common_pb2 import SamplingParams
-from kvmesh.v1.kv_pb2 import KvPool
+
+__all__ = [
+    "Ending",
+    "Model",
+    "Output",
+    "Outputs",
+    "Piece",
+    "Reservation",
+    "Runtime",
+    "RuntimeLoad",
+    "SendReport",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +31,6 @@ class Model:
     vocab_size: int
     context_length: int
     eos_token_ids: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class Reservation:
-    """Slots for tokens [matched:end) of a prompt; the KV of [0:matched) is there, and locked."""
-
-    id: int
-    matched: int
-    slots: Slots
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,27 +93,6 @@ class Outputs(AsyncIterator[Output]):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """One copy to a peer; monotonic nanoseconds."""
-
-    begin_ns: int
-    end_ns: int
-    tokens: int
-    bytes: int
-
-
-@dataclass(slots=True)
-class SendReport:
-    """What a send did; monotonic nanoseconds, 0 when it did not get there."""
-
-    cached: int
-    computed: int
-    began_ns: int
-    prefilled_ns: int
-    pieces: list[Piece] = field(default_factory=list)
-
-
-@dataclass(frozen=True, slots=True)
 class RuntimeLoad:
     """As LoadReport, without what only the service knows."""
 
@@ -128,7 +107,7 @@ class RuntimeLoad:
     reserved: int = 0
 
 
-class Runtime(abc.ABC):
+class Runtime(KvHolder):
     """Model, KV pool and prefix cache behind one engine service.
 
     Token ids, ranges and sampling parameters are checked before they get here. Every call raises Unavailable when the
@@ -136,15 +115,10 @@ class Runtime(abc.ABC):
     """
 
     model: Model
-    layout: Layout
     total_slots: int
     # "cpu" or the GPU's name, and such as "sglang 0.5.17".
     device: str
     version: str
-    # One for each transport that peers can write through, best first; each with one pool a rank.
-    pools: dict[str, list[KvPool]]
-    # Those that write into peers' pools.
-    writers: list[ProcessRef]
     load: RuntimeLoad
     # Called after each change of `load`, and with (stored, removed, snapshot) for the prefix cache once `watch_cache`.
     on_load: Callable[[], None]
@@ -163,39 +137,10 @@ class Runtime(abc.ABC):
         """Returns when the runtime has ended by itself, with what is known of why."""
 
     @abc.abstractmethod
-    async def reserve(self, token_ids: Sequence[int], end: int, wait: float) -> Reservation:
-        """Locks what is cached of token_ids[:end] and reserves slots for the rest; `end` is a multiple of a page.
-
-        Waits `wait` seconds for room, first come first served. Raises ResourceExhausted. Cancelling leaves nothing.
-        """
-
-    @abc.abstractmethod
-    async def publish(self, reservation: int, upto: int) -> None:
-        """The slots up to token `upto` hold KV now: others may use it. Raises NotFound."""
-
-    @abc.abstractmethod
-    async def free(self, reservation: int) -> None:
-        """Gives back what the reservation still holds. An unknown one is no error."""
-
-    @abc.abstractmethod
     def generate(
         self, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, reservation: int | None
     ) -> Outputs:
         """Tokens as they come, then one output with `ending`. Uses the reservation up. The caller closes it."""
-
-    @abc.abstractmethod
-    async def send(
-        self, token_ids: Sequence[int], begin: int, end: int, transport: str, peers: Sequence[KvPool], slots: Slots
-    ) -> SendReport:
-        """Has the KV of token_ids[begin:end) and writes it to `slots` of the peers' pools.
-
-        However it ends, nothing is being written any more when it returns or raises; cancelling therefore takes a
-        moment. Raises Aborted.
-        """
-
-    @abc.abstractmethod
-    def forget(self, peers: Sequence[KvPool]) -> None:
-        """These pools are gone: lets go of them."""
 
     @abc.abstractmethod
     async def flush(self) -> None:

@@ -16,6 +16,9 @@ from hashlib import blake2b
 from pathlib import Path
 
 from kvmesh.blocks import BLOCK_TOKENS
+from kvmesh.endpoint.receiver import Receiver
+from kvmesh.endpoint.sender import Sender
+from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
@@ -27,11 +30,8 @@ from kvmesh.v1.common_pb2 import Endpoint, SamplingParams
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
 from services.engine.base import Runtime
 from services.engine.cli import DTYPES, EngineConfig
-from services.engine.receiver import Receiver
-from services.engine.sender import Sender
 from services.engine.service import NAMES, EngineService
 from services.engine.status import Status
-from services.engine.tickets import TicketBook
 
 log = logging.getLogger(__name__)
 

@@ -14,6 +14,9 @@ import grpc.aio
 from opentelemetry.trace import Span, SpanKind
 
 from kvmesh.detokenize import TextStream
+from kvmesh.endpoint.receiver import DEFAULT_TTL_MS, MAX_TTL_MS, MAX_WAIT_MS, MIN_TTL_MS, Receiver
+from kvmesh.endpoint.sender import Sender, Sent
+from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.errors import AlreadyExists, DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
 from kvmesh.grpcx import rpc, time_left
 from kvmesh.ranges import check_range, check_tokens
@@ -23,10 +26,7 @@ from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2, kv_pb2_grpc
 from services.engine.base import Outputs, Runtime
 from services.engine.generation import Generation
-from services.engine.receiver import DEFAULT_TTL_MS, MAX_TTL_MS, MAX_WAIT_MS, MIN_TTL_MS, Receiver
-from services.engine.sender import Sender, Sent
 from services.engine.status import DEFAULT_INTERVAL_MS, MAX_INTERVAL_MS, MIN_INTERVAL_MS, Status
-from services.engine.tickets import TicketBook
 
 NAMES = ["kvmesh.v1.KvEndpoint", "kvmesh.v1.KvPeer", "kvmesh.v1.Engine"]
 OWNER_CHARS = 128

@@ -6,10 +6,10 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Sequence
 
+from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.errors import Unavailable
 from kvmesh.v1 import engine_pb2 as pb
 from services.engine.base import Runtime
-from services.engine.tickets import TicketBook
 
 DEFAULT_INTERVAL_MS, MIN_INTERVAL_MS, MAX_INTERVAL_MS = 1000, 20, 60_000
 # Between two load messages, however much changes.

@@ -31,7 +31,12 @@ class ShmKvPool(MHATokenToKVPool):  # type: ignore[misc]
 
 
 def layout_of(pool: Any) -> Layout:
-    """The layout of an SGLang MHA pool. `model_digest` is what the front said of the model."""
+    """The layout of an SGLang MHA pool. `model_digest` is what the front said of the model.
+
+    Raises TypeError for another kind of pool.
+    """
+    if not isinstance(pool, MHATokenToKVPool):
+        raise TypeError(f"kvmesh moves the KV of multi-head and grouped-query attention, not of {type(pool).__name__}")
     return Layout(
         model_digest=os.environ[ENGINE_VARIABLE].partition(":")[0],
         dtype=str(pool.store_dtype).removeprefix("torch."),

@@ -17,11 +17,11 @@ from typing import TypeAlias
 
 from kvmesh.aio import Tasks
 from kvmesh.dataplane.slots import Slots
+from kvmesh.endpoint.base import Reservation
 from kvmesh.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound
 from kvmesh.process import ProcessRef
 from kvmesh.v1.common_pb2 import Endpoint
 from kvmesh.v1.common_pb2 import Ticket as TicketMessage
-from services.engine.base import Reservation
 
 log = logging.getLogger(__name__)
 

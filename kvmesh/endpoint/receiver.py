@@ -10,12 +10,12 @@ from typing import Any
 
 from kvmesh.dataplane.layout import Layout, refusal
 from kvmesh.dataplane.slots import to_runs
+from kvmesh.endpoint.base import KvHolder
+from kvmesh.endpoint.tickets import Ticket, TicketBook, Writer
 from kvmesh.errors import Aborted, DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.v1 import kv_pb2 as pb
 from kvmesh.v1.common_pb2 import Ticket as TicketMessage
-from services.engine.base import Runtime
-from services.engine.tickets import Ticket, TicketBook, Writer
 
 log = logging.getLogger(__name__)
 
@@ -28,16 +28,16 @@ WORD_S = 10.0
 class Receiver:
     """PrepRecv, Release and KvPeer over one runtime and ticket book."""
 
-    def __init__(self, runtime: Runtime, book: TicketBook, host_id: str) -> None:
-        self._runtime = runtime
+    def __init__(self, holder: KvHolder, book: TicketBook, host_id: str) -> None:
+        self._holder = holder
         self._book = book
         self._host_id = host_id
 
     async def prepare(self, token_ids: list[int], end: int, ttl_ms: int, wait: float, owner: str) -> TicketMessage:
         """Reserves slots up to `end`, rounded down to a page; waits `wait` seconds for room. Raises MeshError."""
-        page = self._runtime.layout.page_size
+        page = self._holder.layout.page_size
         end = end // page * page
-        reservation = await self._runtime.reserve(token_ids, end, wait)
+        reservation = await self._holder.reserve(token_ids, end, wait)
         return self._book.open(reservation, end, owner, ttl_ms / 1000)
 
     def release(self, ticket: TicketMessage) -> bool:
@@ -61,7 +61,7 @@ class Receiver:
             in_doubt = False
             if ticket.revoked.is_set():
                 raise Aborted(f"ticket {ticket.id} was taken back during the write")
-            await self._runtime.publish(ticket.reservation, begin.end)
+            await self._holder.publish(ticket.reservation, begin.end)
             filled = begin.end
             await context.write(pb.WriteResponse(committed=pb.WriteCommitted(filled=filled)))
         finally:
@@ -99,14 +99,14 @@ class Receiver:
             raise Unavailable("the writer broke off")
 
     def _choose(self, begin: pb.WriteBegin) -> str:
-        if difference := refusal(self._runtime.layout, Layout.of(begin.layout)):
+        if difference := refusal(self._holder.layout, Layout.of(begin.layout)):
             raise FailedPrecondition(f"the sender's KV has another layout: {difference}")
         if begin.location.host_id != self._host_id:
             raise FailedPrecondition("sender and receiver are on different hosts, and no transport here crosses hosts")
         for name in begin.transports:
-            if name in self._runtime.pools:
+            if name in self._holder.pools:
                 return name
-        offered, ours = ", ".join(begin.transports) or "none", ", ".join(self._runtime.pools) or "none"
+        offered, ours = ", ".join(begin.transports) or "none", ", ".join(self._holder.pools) or "none"
         raise FailedPrecondition(f"no common transport: the sender has {offered}, the receiver has {ours}")
 
     def _processes(self, location: pb.WriterLocation) -> tuple[ProcessRef, ...]:
@@ -119,6 +119,6 @@ class Receiver:
         return pb.WriteGrant(
             transport=transport,
             slots=to_runs(slots),
-            pools=self._runtime.pools[transport],
+            pools=self._holder.pools[transport],
             max_ms=max(1, int(1000 * (ticket.expires - time.monotonic()))),
         )

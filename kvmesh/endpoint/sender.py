@@ -14,12 +14,12 @@ import grpc.aio
 
 from kvmesh.aio import Tasks
 from kvmesh.dataplane.slots import Slots, from_runs
+from kvmesh.endpoint.base import KvHolder, SendReport
 from kvmesh.errors import Aborted, Internal, MeshError, Unavailable, from_rpc
 from kvmesh.grpcx import channel
 from kvmesh.v1 import kv_pb2 as pb
 from kvmesh.v1.common_pb2 import Endpoint, Ticket
 from kvmesh.v1.kv_pb2_grpc import KvPeerStub
-from services.engine.base import Runtime, SendReport
 
 log = logging.getLogger(__name__)
 
@@ -56,10 +56,10 @@ class _Peer:
 class Sender:
     """RemoteSend over one runtime. Owns the channels to peers, and every write until the receiver knows its end."""
 
-    def __init__(self, endpoint: Endpoint, runtime: Runtime, host_id: str) -> None:
+    def __init__(self, endpoint: Endpoint, holder: KvHolder, host_id: str) -> None:
         self._endpoint = endpoint
-        self._runtime = runtime
-        processes = [pb.Process(pid=p.pid, start_ticks=p.start_ticks) for p in runtime.writers]
+        self._holder = holder
+        processes = [pb.Process(pid=p.pid, start_ticks=p.start_ticks) for p in holder.writers]
         self._location = pb.WriterLocation(host_id=host_id, processes=processes)
         self._writes = itertools.count(1)
         self._peers: dict[str, _Peer] = {}
@@ -119,8 +119,8 @@ class Sender:
                 end=end,
                 sender=self._endpoint,
                 location=self._location,
-                layout=self._runtime.layout.message(),
-                transports=list(self._runtime.pools),
+                layout=self._holder.layout.message(),
+                transports=list(self._holder.pools),
                 write_id=write_id,
             )
         )
@@ -135,7 +135,7 @@ class Sender:
         slots: Slots,
     ) -> SendReport:
         """Runs the send for as long as the stream to the receiver lives."""
-        send = self._runtime.send(token_ids, begin, end, grant.transport, list(grant.pools), slots)
+        send = self._holder.send(token_ids, begin, end, grant.transport, list(grant.pools), slots)
         work = asyncio.ensure_future(send)
         limit = grant.max_ms / 1000
         try:
@@ -157,7 +157,7 @@ class Sender:
 
     def _status(self, peer: _Peer, code: Any, details: Any, error: grpc.aio.AioRpcError | None = None) -> MeshError:
         if code == grpc.StatusCode.UNAVAILABLE and peer.pools:
-            self._runtime.forget(peer.pools)
+            self._holder.forget(peer.pools)
             peer.pools = []
         if error is None:
             return Unavailable(f"receiver {peer.endpoint.name}: {details or code}")
@@ -194,7 +194,7 @@ class Sender:
             del self._peers[peer.endpoint.incarnation]
             self._tasks.start(peer.channel.close(None), f"close channel to {peer.endpoint.name}")
             if peer.pools:
-                self._runtime.forget(peer.pools)
+                self._holder.forget(peer.pools)
 
     def _release(self, peer: _Peer) -> None:
         peer.users -= 1

@@ -1,0 +1,1 @@
+"""What every KV endpoint is made of, engine and store alike."""

@@ -1,0 +1,193 @@
+"""A real mesh for tests: `kvmesh up` in a home of its own, and the proof that nothing of it is left."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from kvmesh.local import cleanup, launch
+from kvmesh.local.state import MeshDir, MeshState, ProcessId
+
+MARK = "KVMESH_TEST_MARK"
+START_S, STOP_S, SETTLE_S = 240.0, 60.0, 15.0
+SHM = Path("/dev/shm")
+
+
+class RunningMesh:
+    """The processes of one `kvmesh up`, and engines started beside it. Whoever starts it stops it."""
+
+    def __init__(self, home: Path, name: str, model: Path, arguments: Sequence[str]) -> None:
+        self.home, self.name, self.model = home, name, model
+        self._arguments = arguments
+        self._mark = uuid.uuid4().hex
+        self._shm_before = set(os.listdir(SHM))
+        self._processes: list[subprocess.Popen[bytes]] = []
+        self._sessions: dict[ProcessId, Path] = {}
+        self._beside: dict[str, tuple[str, int]] = {}
+
+    @property
+    def root(self) -> Path:
+        """The mesh's folder."""
+        return self.home / "run" / self.name
+
+    @property
+    def logs(self) -> dict[str, str]:
+        """The log of each process, by file name."""
+        files = [*self.root.glob("logs/*.log"), *self.home.glob("beside-*.log")]
+        return {path.name: path.read_text(errors="replace") for path in files}
+
+    @contextlib.contextmanager
+    def at_home(self) -> Iterator[None]:
+        """KVMESH_HOME is the mesh's, for as long as this lasts."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("KVMESH_HOME", str(self.home))
+            yield
+
+    @property
+    def state(self) -> MeshState:
+        """What mesh.json says now."""
+        with self.at_home():
+            state = MeshDir(self.name).load()
+        assert state is not None, "the mesh has no mesh.json"
+        return state
+
+    def environment(self) -> dict[str, str]:
+        """For processes of the mesh."""
+        return {**os.environ, "KVMESH_HOME": str(self.home), MARK: self._mark}
+
+    def command(self, *words: str) -> list[str]:
+        """A kvmesh command line."""
+        return [sys.executable, "-P", "-m", "kvmesh.cli", *words]
+
+    def _spawn(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
+        # Ended by the kernel should the test process die.
+        launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
+        with open(log, "ab") as out:
+            process = subprocess.Popen(
+                [*launcher, *command],
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        self._processes.append(process)
+        return process
+
+    def start(self) -> None:
+        """Returns when the mesh is ready."""
+        log = self.home / f"{self.name}-up.log"
+        given = ["up", "--name", self.name, "--model", str(self.model), *self._arguments]
+        supervisor = self._spawn(self.command(*given), log, self.environment())
+        deadline = time.monotonic() + START_S
+        state = None
+        while state is None or state.phase != "ready":
+            if supervisor.poll() is not None or time.monotonic() > deadline:
+                pytest.fail(f"the mesh did not start:\n{log.read_text(errors='replace')[-4000:]}")
+            time.sleep(0.1)
+            with self.at_home():
+                state = MeshDir(self.name).load()
+        self._sessions |= {p.id: Path(state.work) / p.name for p in state.processes}
+
+    def address(self, name: str) -> str:
+        """Where a process listens."""
+        if name in self._beside:
+            return self._beside[name][0]
+        return next(p.address for p in self.state.processes if p.name == name)
+
+    def pid(self, name: str) -> int:
+        """The number of a process."""
+        if name in self._beside:
+            return self._beside[name][1]
+        return next(p.id.pid for p in self.state.processes if p.name == name)
+
+    def alive(self, name: str) -> bool:
+        """Whether a process runs."""
+        found = ProcessId.of(self.pid(name))
+        return found is not None and found.alive()
+
+    def kill(self, name: str) -> None:
+        """SIGKILL for one process; returns when it has ended."""
+        target = ProcessId.of(self.pid(name))
+        assert target is not None
+        os.kill(target.pid, signal.SIGKILL)
+        for process in self._processes:
+            if process.pid == target.pid:
+                process.wait(10)
+        assert cleanup.wait_gone([target], 10)
+
+    def start_beside(self, name: str) -> None:
+        """Starts an engine under the name of one that is dead, with `kvmesh engine`; returns once it has announced."""
+        folder = self.home / f"beside-{name}-{len(self._processes)}"
+        folder.mkdir()
+        announced = folder / "address"
+        short = Path("/tmp") / f"kvmesh-{self._mark[:8]}-{len(self._processes)}"
+        command = self.command(
+            *("engine", "--name", name, "--model", str(self.model), "--registry", self.address("registry")),
+            *("--announce", str(announced), "--run-dir", str(short), "--kv-tokens", "12288"),
+            *("--trace-ratio", "0"),
+        )
+        environment = {**self.environment(), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
+        process = self._spawn(command, self.home / f"{folder.name}.log", environment)
+        me = ProcessId.of(process.pid)
+        assert me is not None
+        self._sessions[me] = short
+        deadline = time.monotonic() + START_S
+        while not announced.exists():
+            assert process.poll() is None and time.monotonic() < deadline, self.logs[f"{folder.name}.log"][-4000:]
+            time.sleep(0.1)
+        self._beside[name] = (announced.read_text().strip(), process.pid)
+
+    def stop(self) -> None:
+        """Ends everything as a user would, then kills what is left."""
+        try:
+            for process in reversed(self._processes):
+                if process.poll() is None:
+                    process.terminate()
+            for process in self._processes:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    process.wait(STOP_S)
+        finally:
+            for process in self._processes:
+                if process.poll() is None:
+                    process.kill()
+                    process.wait(10)
+
+    def clean_beside(self) -> None:
+        """Does for engines started beside the mesh what its supervisor does for the others."""
+        for leader, folder in self._sessions.items():
+            if folder.parent == Path("/tmp"):
+                cleanup.kill_session(leader)
+                cleanup.remove_shared_memory(folder)
+
+    def left(self) -> list[str]:
+        """Processes and shared memory that are still there after `stop`, waiting a little for them to go."""
+        deadline = time.monotonic() + SETTLE_S
+        while (found := self._left()) and time.monotonic() < deadline:
+            time.sleep(0.2)
+        return found
+
+    def _left(self) -> list[str]:
+        left = [f"process {m.pid} of session {leader.pid}" for leader in self._sessions
+                for m in cleanup.session_members(leader)]
+        mark = f"{MARK}={self._mark}".encode()
+        mapped: set[str] = set()
+        for proc in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                if mark in (proc / "environ").read_bytes().split(b"\0"):
+                    left.append(f"process {proc.name}: {(proc / 'cmdline').read_bytes().decode()}")
+                for line in (proc / "maps").read_text().splitlines():
+                    if (at := line.find("/dev/shm/")) >= 0:
+                        mapped.add(line[at + 9 :].removesuffix(" (deleted)"))
+        # What somebody else's process has mapped is in use, and not left by us: ours have all ended.
+        fresh = set(os.listdir(SHM)) - self._shm_before - mapped
+        return left + [f"/dev/shm/{name}" for name in sorted(fresh)]
