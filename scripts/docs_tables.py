@@ -42,11 +42,11 @@ def settings(service: str) -> str:
     from services.router.cli import RouterConfig
 
     kinds = {"engine": EngineConfig, "router": RouterConfig, "registry": RegistryConfig, "up": MeshOptions}
-    shared = {f.name: f.default for f in dataclasses.fields(ServiceConfig)}
+    shared = {f.name: (f.default, f.metadata) for f in dataclasses.fields(ServiceConfig)}
     kind = kinds.get(service, ServiceConfig)
     rows = ["| setting | default | |", "|---|---|---|"]
     for field in dataclasses.fields(kind):
-        if kind is not ServiceConfig and shared.get(field.name, ...) == field.default:
+        if kind is not ServiceConfig and shared.get(field.name) == (field.default, field.metadata):
             continue
         text, default = field.metadata["help"], f"`{field.default}`"
         if found := re.search(r" \[default: (.*)\]$", text):
@@ -62,7 +62,9 @@ def settings(service: str) -> str:
 def calls(service: str) -> str:
     """The calls of one gRPC service with the statuses that each may end with."""
     texts = [p.read_text() for p in sorted((REPO / "protos").rglob("*.proto"))]
-    (body,) = [found[1] for text in texts if (found := re.search(rf"\nservice {service} {{\n(.*?)\n}}", text, re.DOTALL))]
+    (body,) = [
+        found[1] for text in texts if (found := re.search(rf"\nservice {service} {{\n(.*?)\n}}", text, re.DOTALL))
+    ]
     rows = ["| call | what it does, and with which status it refuses |", "|---|---|"]
     for comment, name, asking, answering in RPC.findall(body):
         streams = " (stream)" if asking or answering else ""

@@ -6,7 +6,6 @@ maps it. Peers must run under the same user and see each other's process numbers
 
 from __future__ import annotations
 
-import contextlib
 import mmap
 import os
 from typing import TYPE_CHECKING
@@ -32,7 +31,7 @@ class SharedMemory:
         flags = mmap.MAP_SHARED | (mmap.MAP_POPULATE if populate else 0)
         self.fd = fd
         self.size = size
-        self._map = mmap.mmap(fd, size, flags=flags)
+        self._map: mmap.mmap | None = mmap.mmap(fd, size, flags=flags)
 
     @staticmethod
     def create(size: int, name: str) -> SharedMemory:
@@ -68,6 +67,7 @@ class SharedMemory:
         """(K, V) of each layer, shape [rows, heads, dim], as views of the memory."""
         import torch
 
+        assert self._map is not None, "closed"
         dtype = getattr(torch, layout.dtype)
         keys: list[torch.Tensor] = []
         values: list[torch.Tensor] = []
@@ -82,9 +82,8 @@ class SharedMemory:
     def close(self) -> None:
         """Closes the descriptor; the mapping goes with its last view."""
         os.close(self.fd)
-        # Tensors that still look at it keep the mapping until they go.
-        with contextlib.suppress(BufferError):
-            self._map.close()
+        # Not closed: tensors keep the map that they look at, but do not keep it from being closed under them.
+        self._map = None
 
 
 def create_pool(layout: Layout, rows: int, name: str) -> tuple[SharedMemory, Pool]:

@@ -26,7 +26,7 @@ WORD_S = 10.0
 
 
 class Receiver:
-    """PrepRecv, Release and KvPeer over one runtime and ticket book."""
+    """PrepRecv, Release and KvPeer over one holder of KV and its ticket book."""
 
     def __init__(self, holder: KvHolder, book: TicketBook, host_id: str) -> None:
         self._holder = holder

@@ -1,4 +1,4 @@
-"""The sending side: asks the receiver for its slots, has the runtime fill them, and says when it has stopped."""
+"""The sending side: asks the receiver for its slots, has the holder fill them, and says when it has stopped."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class _Peer:
 
 
 class Sender:
-    """RemoteSend over one runtime. Owns the channels to peers, and every write until the receiver knows its end."""
+    """RemoteSend over one holder of KV. Owns the channels to peers, and every write until the receiver knows its end."""
 
     def __init__(self, endpoint: Endpoint, holder: KvHolder, host_id: str) -> None:
         self._endpoint = endpoint
@@ -149,7 +149,7 @@ class Sender:
         finally:
             if not work.done():
                 work.cancel()
-                # Until the runtime says that nothing is written any more.
+                # Until the holder says that nothing is written any more.
                 await asyncio.wait({work})
 
     def _failure(self, peer: _Peer, error: grpc.aio.AioRpcError) -> MeshError:

@@ -92,7 +92,11 @@ async def _watch(mesh: LocalMesh, console: Console) -> None:
         child = await mesh.deaths.get()
         then = "the mesh goes on without it" if child.spec.role != "router" else "no request can be served any more"
         lines = "".join(f"\n    {line}" for line in child.last_lines(5))
-        console.print(f"{child.spec.name} {child.state}: {then}; the end of {child.spec.log}:{lines}", markup=False, soft_wrap=True)
+        console.print(
+            f"{child.spec.name} {child.state}: {then}; the end of {child.spec.log}:{lines}",
+            markup=False,
+            soft_wrap=True,
+        )
 
 
 def _summary(mesh: LocalMesh, options: MeshOptions) -> str:

@@ -29,6 +29,8 @@ class Span:
     end: float
     error: str
     attributes: dict[str, Any]
+    # (time, name, attributes)
+    events: tuple[tuple[float, str, dict[str, Any]], ...] = ()
 
     @staticmethod
     def parse(line: bytes) -> Span | None:
@@ -47,6 +49,10 @@ class Span:
                 end=_milliseconds(raw["end_time"]),
                 error=(status.get("description") or "failed") if failed else "",
                 attributes=dict(raw.get("attributes") or {}),
+                events=tuple(
+                    (_milliseconds(e["timestamp"]), str(e["name"]), dict(e.get("attributes") or {}))
+                    for e in raw.get("events") or ()
+                ),
             )
         except (ValueError, TypeError, KeyError, AttributeError):
             return None

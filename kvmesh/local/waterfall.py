@@ -48,7 +48,7 @@ class Waterfall:
             drawn = _bar(span.start - begin, span.end - begin, end - begin, bar)
             line.append(drawn.ljust(bar) if wide else drawn, style="red" if span.error else colours[span.instance])
             indent = len(line) + GAP if wide else len(label) - len(label.lstrip()) + 2
-            details = _wrapped(_details(span), console, options.max_width - indent)
+            details = _wrapped(_details(span, begin), console, options.max_width - indent)
             if wide and details:
                 line.append(" " * GAP).append(details.pop(0))
             yield line
@@ -102,12 +102,15 @@ def _bar(start: float, end: float, total: float, width: int) -> str:
     return (" " * lead + "".join(cells))[:width]
 
 
-def _details(span: Span) -> Text:
+def _details(span: Span, begin: float) -> Text:
     if span.error:
         kind = span.attributes.get("error.type")
         return Text(f"{kind}: {span.error}" if kind else span.error, style="red")
-    shown = {k: v for k, v in span.attributes.items() if k not in HIDDEN and v not in ("", None)}
-    return Text("  ".join(_detail(k, v) for k, v in shown.items()), style="dim")
+    parts = [_detail(k, v) for k, v in span.attributes.items() if k not in HIDDEN and v not in ("", None)]
+    for at, name, attributes in span.events:
+        reason = " ".join(_detail(k, v) for k, v in attributes.items())
+        parts.append(f"{name}@{at - begin:.1f}ms" + (f" ({reason})" if reason else ""))
+    return Text("  ".join(parts), style="dim")
 
 
 def _detail(key: str, value: Any) -> str:

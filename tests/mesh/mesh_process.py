@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -31,8 +32,10 @@ class RunningMesh:
         self._mark = uuid.uuid4().hex
         self._shm_before = set(os.listdir(SHM))
         self._processes: list[subprocess.Popen[bytes]] = []
+        # What each process was started as, and its run folder.
         self._sessions: dict[ProcessId, Path] = {}
         self._beside: dict[str, tuple[str, int]] = {}
+        self._run_dirs: list[tempfile.TemporaryDirectory[str]] = []
 
     @property
     def root(self) -> Path:
@@ -130,17 +133,19 @@ class RunningMesh:
         folder = self.home / f"beside-{name}-{len(self._processes)}"
         folder.mkdir()
         announced = folder / "address"
-        short = Path("/tmp") / f"kvmesh-{self._mark[:8]}-{len(self._processes)}"
+        # A socket's path has 107 bytes at most.
+        made = tempfile.TemporaryDirectory(prefix="kvmesh-", dir="/tmp", ignore_cleanup_errors=True)
+        self._run_dirs.append(made)
         command = self.command(
             *("engine", "--name", name, "--model", str(self.model), "--registry", self.address("registry")),
-            *("--announce", str(announced), "--run-dir", str(short), "--kv-tokens", "12288"),
+            *("--announce", str(announced), "--run-dir", made.name, "--kv-tokens", "12288"),
             *("--trace-ratio", "0"),
         )
         environment = {**self.environment(), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
         process = self._spawn(command, self.home / f"{folder.name}.log", environment)
         me = ProcessId.of(process.pid)
         assert me is not None
-        self._sessions[me] = short
+        self._sessions[me] = Path(made.name)
         deadline = time.monotonic() + START_S
         while not announced.exists():
             assert process.poll() is None and time.monotonic() < deadline, self.logs[f"{folder.name}.log"][-4000:]
@@ -164,10 +169,13 @@ class RunningMesh:
 
     def clean_beside(self) -> None:
         """Does for engines started beside the mesh what its supervisor does for the others."""
+        folders = {made.name for made in self._run_dirs}
         for leader, folder in self._sessions.items():
-            if folder.parent == Path("/tmp"):
+            if str(folder) in folders:
                 cleanup.kill_session(leader)
                 cleanup.remove_shared_memory(folder)
+        for made in self._run_dirs:
+            made.cleanup()
 
     def left(self) -> list[str]:
         """Processes and shared memory that are still there after `stop`, waiting a little for them to go."""

@@ -1,4 +1,4 @@
-"""A FAKE runtime for tests of the engine service: no model, but real pools in shared memory and real copies between them.
+"""A FAKE runtime for tests of the engine service: no model, but real pools in shared memory and copies between them.
 
 The KV of a token is a function of all tokens up to it, and an answer is a function of the KV found in the pool, so that
 KV which did not arrive, or arrived in the wrong rows, gives other tokens. Every page of the pool has one owner; a page

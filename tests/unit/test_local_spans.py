@@ -24,6 +24,7 @@ def write(folder, request_id: str, instances=("router-1", "engine-0")) -> str:
         attributes = {"kvmesh.request_id": request_id, "kvmesh.sent_bytes": 10} if parent is None else {}
         span = telemetry.tracer.start_span(f"of {instance}", context=context, attributes=attributes)
         trace_id = f"{span.get_span_context().trace_id:032x}"
+        span.add_event("first_token", {"kvmesh.n": 1})
         span.end()
         telemetry.close()
         parent = parent or span
@@ -40,6 +41,8 @@ def test_spans_of_all_instances_are_found_with_parents_and_times(tmp_path):
     assert root.trace_id == child.trace_id == trace_id
     assert begun - 1 <= root.start <= root.end <= child.end <= time.time() * 1000 + 1
     assert root.attributes["kvmesh.sent_bytes"] == 10 and root.error == ""
+    ((at, name, attributes),) = root.events
+    assert root.start <= at <= root.end and (name, attributes) == ("first_token", {"kvmesh.n": 1})
 
 
 def test_of_a_request_id_used_twice_the_newest_is_found(tmp_path):

@@ -1,5 +1,6 @@
 """The waterfall: order of spans, bars to scale, nothing lost on narrow or wide terminals."""
 
+import dataclasses
 import io
 
 import pytest
@@ -108,6 +109,13 @@ def test_a_trace_of_no_length_is_drawn():
 def test_an_error_is_shown_with_its_kind():
     shown = lines([span("a", "", "x", 0, 5, error="no room", error__type="RESOURCE_EXHAUSTED", n=3)], 200)
     assert "RESOURCE_EXHAUSTED: no room" in shown[1] and "n=3" not in shown[1]
+
+
+def test_events_are_told_with_their_time_and_reason():
+    there = span("a", "", "x", 0, 5, "e", "", n=1)
+    event = (T0 + 2.5, "ticket_refused", {"kvmesh.reason": "it has expired"})
+    (line,) = lines([dataclasses.replace(there, events=(event,))], 200)[1:]
+    assert line.rstrip().endswith("n=1  ticket_refused@2.5ms (reason=it has expired)")
 
 
 def test_names_and_values_are_never_markup():
