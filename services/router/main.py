@@ -19,6 +19,7 @@ from kvmesh.v1.registry_pb2 import MEMBER_KIND_ROUTER, Member
 from kvmesh.v1.router_pb2_grpc import add_RouterServicer_to_server
 from services.router.board import StrategyBoard, catalog
 from services.router.cli import RouterConfig
+from services.router.door import Door
 from services.router.runtime import Runtime
 from services.router.service import NAME, RouterService
 from services.router.view import MeshView
@@ -55,7 +56,8 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     stack.push_async_callback(runtime.close)
     watch = MeshWatch(config.registry, view.update)
     stack.push_async_callback(watch.close)
-    service = RouterService(endpoint, view, board, runtime, tokenizers, telemetry, lambda: watch.connected)
+    door = Door(view, board, runtime, tokenizers, telemetry)
+    service = RouterService(endpoint, view, board, door, lambda: watch.connected)
     server = Server(config.listen, lambda s: add_RouterServicer_to_server(service, s), [NAME])
     stack.push_async_callback(server.stop)
     endpoint.address = config.advertise or server.address
