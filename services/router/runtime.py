@@ -21,6 +21,8 @@ from kvmesh.v1.engine_pb2 import GenerateFinished, ModelInfo
 from services.router.attempt import Attempt
 from services.router.handles import EngineHandle
 from services.router.ledger import Ledger
+from services.router.link import EngineLink
+from services.router.policies import all_policies
 from services.router.view import MeshView
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Runtime:
     def __init__(self, view: MeshView, tracer: Tracer) -> None:
         self._view = view
         self._tracer = tracer
+        self._policies = all_policies()
         self._background = Tasks()
 
     async def run(self, job: Job) -> AsyncGenerator[Chunk, None]:
@@ -65,7 +68,7 @@ class Runtime:
             request = _going_on(job)
             span = self._span(job)
             attempt = Attempt(request, job.ledger, self._tracer, span, self._background)
-            chunks = job.strategy(request, Mesh([EngineHandle(attempt, link) for link in links]), **job.params)
+            chunks = job.strategy(request, self._mesh(attempt, links), **job.params)
             try:
                 finished = False
                 async for chunk in chunks:
@@ -101,6 +104,9 @@ class Runtime:
                 yield Chunk((), "", finished=end)
                 return
         raise failure or Unavailable(f"no engine that serves {job.model.name} is alive")
+
+    def _mesh(self, attempt: Attempt, links: Sequence[EngineLink]) -> Mesh:
+        return Mesh([EngineHandle(attempt, link) for link in links], self._policies)
 
     def _span(self, job: Job) -> Span:
         if not job.span.is_recording():
