@@ -52,6 +52,7 @@ __all__ = [
     "Policy",
     "Range",
     "Request",
+    "SamplingParams",
     "Strategy",
     "TicketHandle",
     "strategy",

@@ -65,6 +65,9 @@ def _ids(_context: click.Context, _param: click.Parameter, given: str | None) ->
 @click.option("--tokens", callback=_ids, metavar="1,2,3", help="A prompt of token ids in place of text.")
 @click.option("--strategy", default="", metavar="NAME", help="[default: the strategy in force]")
 @click.option("--param", "params", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="A strategy parameter.")
+@click.option("--session", default="", help="The conversation that it belongs to. [default: none]")
+@click.option("--tenant", default="", help="On whose account it runs. [default: none]")
+@click.option("--priority", type=click.Choice(["low", "normal", "high"]), default="normal", show_default=True)
 @click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
 @click.option("--request-id", default="", help="[default: the router makes one]")
 @click.option("--max-new-tokens", type=int, help="[default: 128]")
@@ -87,6 +90,9 @@ def generate(
     tokens: list[int] | None,
     strategy: str,
     params: dict[str, str],
+    session: str,
+    tenant: str,
+    priority: str,
     timeout: float,
     request_id: str,
     as_json: bool,
@@ -110,7 +116,15 @@ def generate(
         sampling[many] = [*sampling[many]] or None
     with Client(router_address(router, name)) as client:
         answer = client.generate(
-            prompt, strategy=strategy, strategy_params=params, request_id=request_id, timeout=timeout, **sampling
+            prompt,
+            strategy=strategy,
+            strategy_params=params,
+            request_id=request_id,
+            session=session,
+            tenant=tenant,
+            priority=priority,
+            timeout=timeout,
+            **sampling,
         )
         screen = Screen(sys.stdout)
         try:
