@@ -266,3 +266,18 @@ def trace(request_id: str, trace_dir: tuple[str, ...]) -> None:
     console.print(Waterfall(spans))
     if all(s.parent_id for s in spans):
         console.print("(the request's first span is not there yet: it may still be running)", style="dim")
+
+
+@click.command()
+@click.argument("address", metavar="HOST:PORT")
+@click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
+@click.option("--service", default="", help="Full name of one service. [default: all of the process]")
+def health(address: str, timeout: float, service: str) -> None:
+    """Asks a service of the mesh whether it serves; the exit status tells."""
+    import asyncio
+
+    from kvmesh.grpcx import split_address, wait_serving
+
+    split_address(address)
+    asyncio.run(wait_serving(address, timeout, service))
+    click.echo("serving")
