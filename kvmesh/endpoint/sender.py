@@ -119,13 +119,13 @@ class Sender:
         call: Any = peer.write()
         try:
             await call.write(self._begin(write_id, begin, end, ticket))
-            grant = (await _word(asyncio.ensure_future(call.read()), "grant")).grant
+            grant = (await _word(_read(call), "grant")).grant
             peer.granted(grant.pools)
             slots = from_runs(grant.slots, min((p.rows for p in grant.pools), default=1))
             if len(slots) != end - begin:
                 raise Internal(f"{ticket.receiver.name} granted {len(slots)} slots for {end - begin} tokens")
             # Nothing is due from the receiver before we are done: what comes earlier means that it has given up.
-            word = asyncio.ensure_future(call.read())
+            word = _read(call)
             report = await self._copy(word, token_ids, begin, end, grant, slots)
             count = sum(piece.bytes for piece in report.pieces)
             await call.write(pb.WriteRequest(done=pb.WriteDone(bytes=count)))
@@ -262,6 +262,13 @@ class Sender:
         for peer in self._peers.values():
             await peer.channel.close(None)
         self._peers.clear()
+
+
+def _read(call: Any) -> asyncio.Future[Any]:
+    """The next message. Its failure may be nobody's business any more: then it must not be reported as forgotten."""
+    read = asyncio.ensure_future(call.read())
+    read.add_done_callback(lambda done: done.cancelled() or done.exception())
+    return read
 
 
 async def _word(read: asyncio.Future[Any], event: str) -> pb.WriteResponse:

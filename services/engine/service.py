@@ -232,9 +232,9 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
             raise InvalidArgument(f"begin = {request.begin} without a ticket")
         if span.is_recording():
             span.set_attribute("kvmesh.begin", begin)
+        generation = Generation(len(token_ids), text, self._tracer, span)
         outputs = self._runtime.generate(token_ids, request.sampling, max_new, reservation)
         self._running[request_id] = outputs
-        generation = Generation(len(token_ids), text, self._tracer, span)
         async with aclosing(generation.run(outputs)) as messages:
             async for message in messages:
                 self.totals.generated_tokens += len(message.chunk.token_ids)

@@ -67,12 +67,13 @@ class Admission:
     """
 
     def __init__(
-        self, max_running: int, max_cost: int, max_waiting: int, clock: Callable[[], float] = time.monotonic
+        self, max_running: int, max_cost: int, max_waiting: int, clock: Callable[[], float] | None = None
     ) -> None:
         self._max_running = max_running or math.inf
         self._max_cost = max_cost or math.inf
         self._max_waiting = max_waiting
-        self._clock = clock
+        # Looked up at each call: a simulation replaces it.
+        self._clock = clock or (lambda: time.monotonic())
         self._running = 0
         self._cost = 0.0
         self._queues: dict[int, list[_Waiter]] = {priority: [] for priority in _CLASSES}

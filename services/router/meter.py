@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 
 from kvmesh.pace import Line, Pace
 from kvmesh.v1.common_pb2 import GenerateUsage
@@ -21,8 +20,10 @@ RECENT_S, MOST_BUSY = 10.0, 0.9
 class Fit:
     """A line through measurements of (x, seconds), neither part negative; `guess` until there is one."""
 
-    def __init__(self, guess: Line) -> None:
+    def __init__(self, guess: Line, flat: bool = False) -> None:
+        """`flat`: where slope and fixed part cannot be told apart, it is all fixed; else it is all slope."""
         self.line = guess
+        self._flat = flat
         self._weight = self._x = self._y = self._xx = self._xy = 0.0
 
     def add(self, x: float, seconds: float) -> None:
@@ -40,19 +41,18 @@ class Fit:
             each = (self._xy / self._weight - mean_x * mean_y) / variance
             each = min(max(each, 0.0), mean_y / mean_x)
         else:
-            each = mean_y / mean_x
+            each = 0.0 if self._flat else mean_y / mean_x
         self.line = Line(max(0.0, mean_y - each * mean_x), each)
 
 
 class Meter:
-    """Measures one engine; `pace` is the result. Times are of `clock`, seconds."""
+    """Measures one engine; `pace` is the result."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._recent = 0.0
-        self._since = clock()
+        self._since = time.monotonic()
         guess = Pace()
-        self._prefill, self._send, self._step = Fit(guess.prefill), Fit(guess.send), Fit(guess.step)
+        self._prefill, self._send, self._step = Fit(guess.prefill), Fit(guess.send), Fit(guess.step, flat=True)
         self._measured = 0
 
     @property
@@ -62,12 +62,12 @@ class Meter:
 
     def prefilling(self, tokens: int) -> None:
         """So many tokens are to be prefilled there; less than 0: so many turned out to be cached."""
-        now = self._clock()
+        now = time.monotonic()
         self._recent = max(0.0, self._recent * math.exp((self._since - now) / RECENT_S) + tokens)
         self._since = now
 
     def _busy(self) -> float:
-        tokens = self._recent * math.exp((self._since - self._clock()) / RECENT_S)
+        tokens = self._recent * math.exp((self._since - time.monotonic()) / RECENT_S)
         return min(MOST_BUSY, self._prefill.line.each * tokens / RECENT_S)
 
     def generated(self, usage: GenerateUsage, running: int) -> None:

@@ -75,6 +75,14 @@ def test_a_slow_wire_keeps_it_in_one_place():
     assert plan.prefiller is None
 
 
+def test_who_prefills_much_decodes_little():
+    # Both are as fast; a is busy prefilling: it goes on with that, and b decodes.
+    pace = Pace(send=Line(0.001, 0.000001))
+    busy = Pace(send=Line(0.001, 0.000001), busy=0.6)
+    plan = best(Known("a", pace=busy, running=1), Known("b", pace=pace, running=4), new=100)
+    assert (plan.decoder.name, plan.prefiller.name, plan.end) == ("b", "a", 999)
+
+
 def test_a_queue_is_gone_around():
     assert best(Known("a", waiting_tokens=20_000), Known("b")).decoder.name == "b"
     assert best(Known("a", credit_tokens=20_000), Known("b")).decoder.name == "b"

@@ -180,6 +180,38 @@ def test_a_meter_takes_the_parts_apart():
     assert (pace.prefill.at(100), pace.step.at(4), pace.send.at(80)) == pytest.approx((0.5, 0.2, 0.4), rel=0.01)
 
 
+def test_a_meter_knows_how_much_of_the_time_goes_into_prefilling(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("services.router.meter.time.monotonic", lambda: now)
+    meter = Meter()
+    for _ in range(200):
+        now += 0.5
+        meter.prefilling(1000)
+        meter.generated(GenerateUsage(prompt_tokens=1000, prefill_seconds=0.2), running=1)
+    # 2,000 tokens a second at 0.2 ms each.
+    assert meter.pace.busy == pytest.approx(0.4, abs=0.03)
+    # A step was measured with that much of it lost to prefilling.
+    for _ in range(200):
+        meter.generated(GenerateUsage(completion_tokens=11, decode_seconds=0.2), running=4)
+    assert meter.pace.step.at(4) == pytest.approx(0.02 * 0.6, rel=0.05)
+    # What was cached was not prefilled, and what is long ago does not count.
+    meter.prefilling(10_000)
+    busy = meter.pace.busy
+    meter.prefilling(-10_000)
+    assert meter.pace.busy < busy
+    now += 100
+    assert meter.pace.busy < 0.001
+    meter.prefilling(10**9)
+    assert meter.pace.busy == 0.9
+
+
+def test_a_flat_fit_does_not_make_a_slope_of_nothing():
+    fit = Fit(Line(1, 1), flat=True)
+    for _ in range(20):
+        fit.add(2, 0.3)
+    assert fit.line == Line(pytest.approx(0.3), 0.0)
+
+
 # In the router
 
 
