@@ -12,17 +12,17 @@ import signal
 import tempfile
 import time
 from contextlib import AsyncExitStack
-from hashlib import blake2b
 from pathlib import Path
 
 from kvmesh.blocks import BLOCK_TOKENS
 from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
-from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
+from kvmesh.errors import FailedPrecondition, Unavailable
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
+from kvmesh.modelfolder import model_digest
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2_grpc
@@ -191,24 +191,3 @@ def describe(config: EngineConfig, endpoint: Endpoint, runtime: Runtime, folder:
         transports=list(runtime.pools),
         cache_block_tokens=BLOCK_TOKENS,
     )
-
-
-def model_digest(folder: Path) -> str:
-    """32 hexadecimal digits that tell models apart: over the configuration, and names and sizes of the weights.
-
-    Raises InvalidArgument when `folder` is no model.
-    """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InvalidArgument(f"model = {str(folder)!r} has no config.json: give the folder of a Hugging Face model")
-    try:
-        content = json.dumps(json.loads(config.read_text()), sort_keys=True)
-    except ValueError as error:
-        raise InvalidArgument(f"{config} is not JSON: {error}") from None
-    digest = blake2b(content.encode(), digest_size=16)
-    for path in sorted(folder.glob("*.safetensors*")):
-        digest.update(f"{path.name}:{path.stat().st_size};".encode())
-        # Sizes are equal for models of one architecture: the first tensors' bytes are not.
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()
