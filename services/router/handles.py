@@ -29,6 +29,11 @@ PREPARE_S = 5.0
 class EngineHandle(Engine):
     """One engine for one attempt."""
 
+    # What the span of a send is called.
+    send_span = "remote_send"
+    # What stores are to keep the KV under.
+    salt = ""
+
     def __init__(self, attempt: Attempt, link: EngineLink) -> None:
         self.name = link.name
         self.labels = link.labels
@@ -51,6 +56,7 @@ class EngineHandle(Engine):
             wait_ms=int(1000 * max(0.0, min(wait, left))),
             owner=a.request.request_id,
             model=a.request.model,
+            salt=self.salt,
         )
         a.use(link)
         a.charge(link, 0)
@@ -106,7 +112,7 @@ class EngineHandle(Engine):
             raise InvalidArgument(f"ticket {ticket.proto.id} of {ticket.engine} was used or released")
         a.use(link)
         a.charge(link, end - begin)
-        span = a.child("remote_send", link, begin=begin, end=end, receiver=ticket.engine)
+        span = a.child(self.send_span, link, begin=begin, end=end, receiver=ticket.engine)
         request = RemoteSendRequest(
             token_ids=token_ids,
             begin=begin,
@@ -114,6 +120,7 @@ class EngineHandle(Engine):
             ticket=ticket.proto,
             owner=a.request.request_id,
             model=a.request.model,
+            salt=self.salt,
         )
         call = link.kv.RemoteSend(
             request, timeout=left / 2 if timeout is None else min(left, timeout), metadata=inject(span)
@@ -123,7 +130,7 @@ class EngineHandle(Engine):
         certain, ticket.certain = ticket.certain, False
         try:
             reply = await call
-            ticket.filled, ticket.certain = end, certain
+            ticket.filled, ticket.certain = begin + reply.sent_tokens, certain
             a.ledger.sent(self.name, ticket.engine, reply)
             if span.is_recording():
                 span.set_attributes(

@@ -21,6 +21,7 @@ from kvmesh.v1.engine_pb2 import GenerateFinished, ModelInfo
 from services.router.attempt import Attempt
 from services.router.handles import EngineHandle
 from services.router.ledger import Ledger
+from services.router.saver import Saver
 from services.router.view import MeshView
 
 log = logging.getLogger(__name__)
@@ -51,6 +52,7 @@ class Runtime:
         self._view = view
         self._tracer = tracer
         self._background = Tasks()
+        self._saver = Saver(tracer, self._background)
 
     async def run(self, job: Job) -> AsyncGenerator[Chunk, None]:
         """The answer, the last chunk with `finished`. Close it when leaving early (contextlib.aclosing).
@@ -65,7 +67,8 @@ class Runtime:
             request = _going_on(job)
             span = self._span(job)
             attempt = Attempt(request, job.ledger, self._tracer, span, self._background)
-            chunks = job.strategy(request, Mesh([EngineHandle(attempt, link) for link in links]), **job.params)
+            stores = self._saver.handles(attempt, self._view.stores.candidates(links), links)
+            chunks = job.strategy(request, Mesh([EngineHandle(attempt, link) for link in links], stores), **job.params)
             try:
                 finished = False
                 async for chunk in chunks:
@@ -112,7 +115,8 @@ class Runtime:
         return span
 
     async def close(self) -> None:
-        """Lets releases under way finish, a second at most."""
+        """Lets releases under way finish, a second at most; saves end."""
+        await self._saver.close()
         await self._background.drain(1.0)
         await self._background.close()
 

@@ -11,6 +11,7 @@ from kvmesh.errors import InvalidArgument, NotFound, Unavailable
 from kvmesh.v1.engine_pb2 import ModelInfo
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
 from services.router.link import EngineLink
+from services.router.storelink import StoreLinks
 
 log = logging.getLogger(__name__)
 
@@ -20,6 +21,7 @@ class MeshView:
 
     def __init__(self, on_model: Callable[[ModelInfo], object] = lambda model: None) -> None:
         self.links: dict[str, EngineLink] = {}
+        self.stores = StoreLinks()
         # Every model ever described here: one whose engines are all gone is unavailable, not unknown.
         self.models: dict[str, ModelInfo] = {}
         self._on_model = on_model
@@ -28,6 +30,7 @@ class MeshView:
 
     def update(self, members: Mapping[str, Member]) -> None:
         """Makes the links those of the engines in `members`; a new incarnation gets a new link."""
+        self.stores.update(members)
         engines = {m.endpoint.name: m for m in members.values() if m.kind == MEMBER_KIND_ENGINE}
         for name, link in list(self.links.items()):
             if name not in engines or engines[name].endpoint != link.member.endpoint:
@@ -87,6 +90,7 @@ class MeshView:
 
     async def close(self) -> None:
         """Closes every link."""
+        await self.stores.close()
         await self._tasks.close()
         await asyncio.gather(*(link.close() for link in self.links.values()))
         self.links.clear()

@@ -1,0 +1,33 @@
+"""Restores prefixes from the KV store, and saves finished ones there."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Annotated
+
+from kvmesh.strategy import ENGINE_FAILURES, Chunks, Mesh, Range, Request, WriteBack, strategy
+
+Tokens = Annotated[int, Range(1)]
+
+
+@strategy
+async def store_backed(
+    request: Request, mesh: Mesh, *, write_back: WriteBack = "always", min_restore: Tokens = 64, salt: str = ""
+) -> Chunks:
+    """On the engine with the least load, with the prefix from the KV store where min_restore or more tokens are missing."""
+    tokens = request.token_ids
+    engine = mesh.least_loaded()
+    store = mesh.store_for(tokens)
+    ticket = None
+    if store is not None:
+        with suppress(*ENGINE_FAILURES):  # what was not restored, the engine prefills itself
+            ticket = await engine.prep_recv(tokens, end=-1)
+            if ticket.missing >= min_restore:
+                await store.remote_send(tokens, ticket, salt=salt)
+    answer: list[int] = []
+    async for chunk in engine.start_generate(tokens, ticket):
+        answer += chunk.token_ids
+        if chunk.finished and store is not None:
+            # The last token has been chosen, but has no KV yet.
+            store.save(engine, [*tokens, *answer[:-1]], when=write_back, salt=salt)
+        yield chunk
