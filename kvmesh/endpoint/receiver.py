@@ -12,7 +12,7 @@ from kvmesh.dataplane.layout import Layout, refusal
 from kvmesh.dataplane.slots import to_runs
 from kvmesh.endpoint.base import KvHolder
 from kvmesh.endpoint.tickets import Ticket, TicketBook, Writer
-from kvmesh.errors import Aborted, DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
+from kvmesh.errors import Aborted, DeadlineExceeded, FailedPrecondition, InvalidArgument
 from kvmesh.process import ProcessRef
 from kvmesh.v1 import kv_pb2 as pb
 from kvmesh.v1.common_pb2 import Ticket as TicketMessage
@@ -50,6 +50,8 @@ class Receiver:
         begin = first.begin
         ticket = self._book.get(begin.ticket)
         transport = self._choose(begin)
+        if begin.end % (page := self._holder.layout.page_size):
+            raise InvalidArgument(f"end = {begin.end} is no multiple of the page size {page}")
         key = (begin.sender.incarnation, begin.write_id)
         writer = Writer(key, begin.sender.name, self._processes(begin.location))
         self._book.begin_write(ticket, begin.begin, begin.end, writer)
@@ -61,11 +63,20 @@ class Receiver:
             in_doubt = False
             if ticket.revoked.is_set():
                 raise Aborted(f"ticket {ticket.id} was taken back during the write")
-            await self._holder.publish(ticket.reservation, begin.end)
+            await self._publish(ticket, begin.end)
             filled = begin.end
-            await context.write(pb.WriteResponse(committed=pb.WriteCommitted(filled=filled)))
         finally:
             self._book.end_write(ticket, filled, in_doubt)
+        # Last: who hears of it may use the ticket at once.
+        await context.write(pb.WriteResponse(committed=pb.WriteCommitted(filled=filled)))
+
+    async def _publish(self, ticket: Ticket, upto: int) -> None:
+        try:
+            await self._holder.publish(ticket.reservation, upto)
+        except BaseException:
+            # Whether others use these slots by now is not known: nobody may write into them again.
+            ticket.revoked.set()
+            raise
 
     def stopped(self, sender_incarnation: str, write_id: int) -> None:
         """The writer of a broken write has stopped."""
@@ -77,12 +88,10 @@ class Receiver:
                 request = await anext(requests, None)
         except TimeoutError:
             raise DeadlineExceeded(f"the writer did not say {event} within {WORD_S:g} s") from None
-        if request is None or request.WhichOneof("event") != event:
-            raise InvalidArgument(f"the next message of a write must be {event}")
-        return request
+        return _check(request, event)
 
     async def _wait_done(self, requests: AsyncIterator[pb.WriteRequest], ticket: Ticket) -> None:
-        """Waits for `done`. Raises Aborted when the ticket is taken back, Unavailable when the writer breaks off."""
+        """Waits for `done`. Raises Aborted when the ticket is taken back, InvalidArgument for another message."""
         word = asyncio.ensure_future(anext(requests, None))
         taken = asyncio.ensure_future(ticket.revoked.wait())
         try:
@@ -95,8 +104,7 @@ class Receiver:
             word.cancel()
             taken.cancel()
             await asyncio.gather(word, taken, return_exceptions=True)
-        if request is None or request.WhichOneof("event") != "done":
-            raise Unavailable("the writer broke off")
+        _check(request, "done")
 
     def _choose(self, begin: pb.WriteBegin) -> str:
         if difference := refusal(self._holder.layout, Layout.of(begin.layout)):
@@ -122,3 +130,10 @@ class Receiver:
             pools=self._holder.pools[transport],
             max_ms=max(1, int(1000 * (ticket.expires - time.monotonic()))),
         )
+
+
+def _check(request: pb.WriteRequest | None, event: str) -> pb.WriteRequest:
+    """Raises InvalidArgument unless `request` is `event`; None: the writer says no more."""
+    if request is None or request.WhichOneof("event") != event:
+        raise InvalidArgument(f"the next message of a write must be {event}")
+    return request

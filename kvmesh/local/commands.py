@@ -154,25 +154,77 @@ def strategy_list(router: str, name: str) -> None:
 @strategy.command("get")
 @router_options
 def strategy_get(router: str, name: str) -> None:
-    """Shows the strategy in force."""
+    """Shows the strategy in force, the one on trial, and those before."""
     from kvmesh.client import Client
-    from kvmesh.local.show import choice_line
+    from kvmesh.local.show import in_force_lines
 
     with Client(router_address(router, name)) as client:
-        click.echo(choice_line(client.strategy()))
+        click.echo("\n".join(in_force_lines(client.strategies_in_force())))
 
 
 @strategy.command("set")
 @click.argument("strategy_name", metavar="NAME")
 @click.argument("params", nargs=-1, callback=_pairs, metavar="[KEY=VALUE]...")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=100.0,
+    help="On trial, for so many percent of the sessions. [default: for all]",
+)
+@click.option(
+    "--max-error-rate",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Take it back when more than this share of its requests fail, 0 to 1. [default: not looked at]",
+)
+@click.option(
+    "--max-ttft",
+    type=click.FloatRange(0, 86400),
+    default=0.0,
+    help="Take it back when its mean time to the first token is over this, in seconds. [default: not looked at]",
+)
+@click.option(
+    "--min-requests",
+    type=click.IntRange(0, 200),
+    default=0,
+    help="Requests to wait for before judging. [default: 20]",
+)
 @router_options
-def strategy_set(strategy_name: str, params: dict[str, str], router: str, name: str) -> None:
+def strategy_set(
+    strategy_name: str,
+    params: dict[str, str],
+    share: float,
+    max_error_rate: float,
+    max_ttft: float,
+    min_requests: int,
+    router: str,
+    name: str,
+) -> None:
     """Puts a strategy in force for the requests that come after."""
     from kvmesh.client import Client
     from kvmesh.local.show import choice_line
 
     with Client(router_address(router, name)) as client:
-        click.echo(choice_line(client.set_strategy(strategy_name, params)))
+        choice = client.set_strategy(
+            strategy_name,
+            params,
+            share_percent=share if share < 100 else 0,
+            max_error_rate=max_error_rate,
+            max_ttft_seconds=max_ttft,
+            min_requests=min_requests,
+        )
+        click.echo(choice_line(choice))
+
+
+@strategy.command("rollback")
+@router_options
+def strategy_rollback(router: str, name: str) -> None:
+    """Ends the trial, or puts the choice before in force again."""
+    from kvmesh.client import Client
+    from kvmesh.local.show import choice_line
+
+    with Client(router_address(router, name)) as client:
+        click.echo(choice_line(client.rollback_strategy()))
 
 
 @click.command()

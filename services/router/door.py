@@ -17,13 +17,15 @@ from kvmesh.errors import DeadlineExceeded, InvalidArgument
 from kvmesh.ranges import check_tokens
 from kvmesh.sampling import check_sampling
 from kvmesh.strategy import Request
-from kvmesh.telemetry import Telemetry, extract, fail
+from kvmesh.telemetry import Telemetry, extract, fail, inject
 from kvmesh.tokenizer import Tokenizer, Tokenizers
 from kvmesh.v1 import router_pb2 as pb
 from kvmesh.v1.engine_pb2 import ModelInfo
 from services.router.answer import Answer
-from services.router.board import Choice, StrategyBoard
+from services.router.board import StrategyBoard
 from services.router.ledger import Ledger
+from services.router.lineup import Choice
+from services.router.recent import Recent
 from services.router.runtime import Job, Runtime
 from services.router.view import MeshView
 
@@ -31,6 +33,8 @@ from services.router.view import MeshView
 REQUEST_S = 300.0
 # The calls' own deadlines come first; this one is for a strategy that waits for something else.
 LATE_S = 0.5
+# Of a session or tenant.
+ACCOUNT_CHARS = 256
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Write: TypeAlias = Callable[[pb.GenerateResponse], Awaitable[object]]
@@ -57,6 +61,7 @@ class Door:
         self._tokenizers = tokenizers
         self._tracer = telemetry.tracer
         self._running: set[str] = set()
+        self.recent = Recent()
 
     @property
     def running(self) -> int:
@@ -72,20 +77,40 @@ class Door:
         """
         received = time.monotonic()
         request_id = self._admit(request.request_id)
+        record = self.recent.begin(request_id)
         span = self._tracer.start_span("router.generate", context=extract(metadata), kind=SpanKind.SERVER)
         try:
             async with asyncio.timeout(timeout + LATE_S):
-                await self._generate(request, request_id, received + timeout, write, span, received)
+                await self._generate(request, request_id, received + timeout, record.watching(write), span, received)
         except TimeoutError:
             error = DeadlineExceeded("the request's deadline passed")
             fail(span, error)
+            record.failed(error)
             raise error from None
         except BaseException as error:
             fail(span, error)
+            record.failed(error)
             raise
         finally:
             self._running.discard(request_id)
             span.end()
+
+    def model_name(self, model: str) -> str:
+        """The name of the model meant; empty means the only one. Raises MeshError."""
+        return self._view.model(model).name
+
+    async def chat_prompt(self, model: str, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation by the model's chat template. Raises MeshError."""
+        info = self._view.model(model)
+        tokenizer = await self._tokenizers.get(info.path)
+        if tokenizer is None:
+            raise InvalidArgument(f"messages: model {info.name} has no tokenizer here")
+        return await tokenizer.chat(messages)
+
+    async def token_texts(self, model: str, token_ids: Iterable[int]) -> list[str]:
+        """The text of each token by itself; empty texts without a tokenizer."""
+        tokenizer = await self._tokenizers.get(self._view.model(model).path)
+        return [tokenizer.decode([token]) if tokenizer is not None else "" for token in token_ids]
 
     def _admit(self, request_id: str) -> str:
         if not request_id:
@@ -106,13 +131,22 @@ class Door:
         span: Span,
         received: float,
     ) -> None:
-        choice = self._board.choose(request.strategy, request.strategy_params)
+        _check_account(request)
+        choice = self._board.choose(request.strategy, request.strategy_params, request.session or request_id)
         prompt = await self._prompt(request)
         if span.is_recording():
             span.set_attributes(_attributes(request_id, choice, prompt))
         ledger = Ledger(len(prompt.token_ids), received)
         job = Job(
-            Request(request_id, prompt.token_ids, request.sampling, prompt.model.name, deadline),
+            Request(
+                request_id,
+                prompt.token_ids,
+                request.sampling,
+                prompt.model.name,
+                deadline,
+                session=request.session,
+                tenant=request.tenant,
+            ),
             prompt.model,
             choice.strategy,
             choice.values,
@@ -124,19 +158,13 @@ class Door:
             strategy=choice.strategy.name,
             strategy_revision=choice.revision,
             prompt_tokens=len(prompt.token_ids),
+            traceparent=dict(inject(span) or ()).get("traceparent", ""),
         )
         await write(pb.GenerateResponse(started=started))
         detokenizer = None if prompt.tokenizer is None else prompt.tokenizer.detokenizer(prompt.token_ids)
         answer = Answer(detokenizer, request.sampling.stop_strings)
-        async with aclosing(self._runtime.run(job)) as chunks:
-            async for chunk in chunks:
-                delta = answer.add(chunk)
-                if delta is not None:
-                    ledger.token(len(delta.token_ids))
-                    await write(pb.GenerateResponse(delta=delta))
-                if answer.stopped:
-                    await answer.hear_out(chunks)
-                    break
+        with self._board.judging(choice, ledger, deadline):
+            await self._stream(job, answer, write)
         if (rest := answer.finish()) is not None:
             await write(pb.GenerateResponse(delta=rest))
         done = answer.done(ledger)
@@ -153,6 +181,17 @@ class Door:
                 }
             )
         await write(pb.GenerateResponse(done=done))
+
+    async def _stream(self, job: Job, answer: Answer, write: Write) -> None:
+        async with aclosing(self._runtime.run(job)) as chunks:
+            async for chunk in chunks:
+                delta = answer.add(chunk)
+                if delta is not None:
+                    job.ledger.token(len(delta.token_ids))
+                    await write(pb.GenerateResponse(delta=delta))
+                if answer.stopped:
+                    await answer.hear_out(chunks)
+                    break
 
     async def _prompt(self, request: pb.GenerateRequest) -> Prompt:
         """Checks everything that needs the model. Raises MeshError."""
@@ -172,6 +211,12 @@ class Door:
         check_tokens(token_ids, model.vocab_size, model.context_length)
         check_sampling(request.sampling, model.vocab_size, model.context_length, len(token_ids))
         return Prompt(model, token_ids, tokenizer)
+
+
+def _check_account(request: pb.GenerateRequest) -> None:
+    for name in ("session", "tenant"):
+        if len(given := getattr(request, name)) > ACCOUNT_CHARS:
+            raise InvalidArgument(f"{name} = {given[:80]!r}… has {len(given)} characters, at most {ACCOUNT_CHARS}")
 
 
 def _attributes(request_id: str, choice: Choice, prompt: Prompt) -> dict[str, str | int]:

@@ -21,6 +21,8 @@ from kvmesh.v1.engine_pb2 import GenerateFinished, ModelInfo
 from services.router.attempt import Attempt
 from services.router.handles import EngineHandle
 from services.router.ledger import Ledger
+from services.router.link import EngineLink
+from services.router.policies import all_policies
 from services.router.saver import Saver
 from services.router.view import MeshView
 
@@ -51,6 +53,7 @@ class Runtime:
     def __init__(self, view: MeshView, tracer: Tracer) -> None:
         self._view = view
         self._tracer = tracer
+        self._policies = all_policies()
         self._background = Tasks()
         self._saver = Saver(tracer, self._background)
 
@@ -67,8 +70,7 @@ class Runtime:
             request = _going_on(job)
             span = self._span(job)
             attempt = Attempt(request, job.ledger, self._tracer, span, self._background)
-            stores = self._saver.handles(attempt, self._view.stores.candidates(links), links)
-            chunks = job.strategy(request, Mesh([EngineHandle(attempt, link) for link in links], stores), **job.params)
+            chunks = job.strategy(request, self._mesh(attempt, links), **job.params)
             try:
                 finished = False
                 async for chunk in chunks:
@@ -104,6 +106,10 @@ class Runtime:
                 yield Chunk((), "", finished=end)
                 return
         raise failure or Unavailable(f"no engine that serves {job.model.name} is alive")
+
+    def _mesh(self, attempt: Attempt, links: Sequence[EngineLink]) -> Mesh:
+        stores = self._saver.handles(attempt, self._view.stores.candidates(links), links)
+        return Mesh([EngineHandle(attempt, link) for link in links], self._policies, stores)
 
     def _span(self, job: Job) -> Span:
         if not job.span.is_recording():

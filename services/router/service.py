@@ -8,12 +8,15 @@ from typing import Any, TypeAlias
 
 import grpc.aio
 
+from kvmesh.errors import InvalidArgument
 from kvmesh.grpcx import rpc, time_left
 from kvmesh.v1 import router_pb2 as pb
 from kvmesh.v1 import router_pb2_grpc
 from kvmesh.v1.common_pb2 import Endpoint
 from services.router.board import StrategyBoard, describe
 from services.router.door import REQUEST_S, Door
+from services.router.folder import StrategyFolder
+from services.router.lineup import Guard
 from services.router.view import MeshView
 
 NAME = "kvmesh.v1.Router"
@@ -30,12 +33,14 @@ class RouterService(router_pb2_grpc.RouterServicer):
         board: StrategyBoard,
         door: Door,
         registry_connected: Callable[[], bool],
+        folder: StrategyFolder | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._view = view
         self._board = board
         self._door = door
         self._registry_connected = registry_connected
+        self._folder = folder
 
     @rpc
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
@@ -47,22 +52,38 @@ class RouterService(router_pb2_grpc.RouterServicer):
     async def ListStrategies(self, request: pb.ListStrategiesRequest, context: Context) -> pb.ListStrategiesResponse:
         """All strategies, by name."""
         strategies = sorted(self._board.strategies.values(), key=lambda s: s.name)
-        return pb.ListStrategiesResponse(strategies=[describe(s) for s in strategies])
+        infos = [describe(s) for s in strategies]
+        return pb.ListStrategiesResponse(strategies=infos if self._folder is None else self._folder.annotate(infos))
 
     @rpc
     async def GetStrategy(self, request: pb.GetStrategyRequest, context: Context) -> pb.GetStrategyResponse:
-        """The one in force."""
-        return pb.GetStrategyResponse(strategy=self._board.current.message())
+        """The one in force, the one on trial, and those before."""
+        now = self._board.lineup
+        return pb.GetStrategyResponse(
+            strategy=now.main.message(),
+            trial=None if now.trial is None else now.trial.message(),
+            history=[past.message() for past in now.history],
+        )
 
     @rpc
     async def SetStrategy(self, request: pb.SetStrategyRequest, context: Context) -> pb.SetStrategyResponse:
-        """Puts one in force, on all routers."""
-        choice = await self._board.set(request.name, request.params)
+        """Puts one in force or on trial, or goes back, on all routers."""
+        if request.rollback:
+            if request.name or request.params or request.share_percent or request.HasField("guard"):
+                raise InvalidArgument("rollback = true goes with no other field")
+            choice = await self._board.rollback("asked for")
+        else:
+            guard = Guard.of(request.guard) if request.HasField("guard") else None
+            choice = await self._board.set(request.name, request.params, request.share_percent, guard)
         return pb.SetStrategyResponse(strategy=choice.message())
 
     @rpc
     async def GetMesh(self, request: pb.GetMeshRequest, context: Context) -> pb.GetMeshResponse:
         """The mesh as seen from here."""
+        return self.mesh()
+
+    def mesh(self) -> pb.GetMeshResponse:
+        """What GetMesh answers."""
         now = time.monotonic()
         engines = [
             pb.MeshEngine(
