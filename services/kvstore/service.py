@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     import grpc.aio
 
 NAMES = ["kvmesh.v1.KvEndpoint", "kvmesh.v1.KvPeer", "kvmesh.v1.KvStore"]
-OWNER_CHARS = SALT_CHARS = 128
+OWNER_CHARS, SALT_CHARS = 128, 256
 # What a call without a deadline may take.
 REQUEST_S = 300.0
 DEFAULT_PIN_MS, MIN_PIN_MS, MAX_PIN_MS = 3_600_000, 1000, 604_800_000

@@ -101,4 +101,5 @@ class RouterService(router_pb2_grpc.RouterServicer):
             registry_connected=self._registry_connected(),
             running_requests=self._door.running,
             router=self._endpoint,
+            stores=self._view.stores.describe(now),
         )

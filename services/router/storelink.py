@@ -12,6 +12,7 @@ from kvmesh.v1.engine_pb2 import EngineInfo, LoadReport
 from kvmesh.v1.kvstore_pb2 import StoreInfo, StoreStats, StoreStatus, WatchStoreRequest
 from kvmesh.v1.kvstore_pb2_grpc import KvStoreStub
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_KVSTORE, Member
+from kvmesh.v1.router_pb2 import MeshStore
 from services.router.link import REPORT_S, SILENCE_S, EngineLink
 
 log = logging.getLogger(__name__)
@@ -79,6 +80,19 @@ class StoreLinks:
             link
             for link in self.links.values()
             if link.connected and not link.suspect and (link.about.model.name, link.about.layout.fingerprint) in kinds
+        ]
+
+    def describe(self, now: float) -> list[MeshStore]:
+        """What GetMesh says of them; `now` by time.monotonic()."""
+        return [
+            MeshStore(
+                member=link.member,
+                info=link.about,
+                stats=link.stats,
+                connected=link.connected,
+                stats_age_seconds=now - link.reported,
+            )
+            for _, link in sorted(self.links.items())
         ]
 
     async def close(self) -> None:

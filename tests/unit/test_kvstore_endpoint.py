@@ -200,8 +200,8 @@ async def test_bad_input_is_refused_by_name() -> None:
             await a.prepare(tokens, end=129)
         with pytest.raises(NotFound, match="model = 'else'"):
             await a.prepare(tokens, model="else")
-        with pytest.raises(InvalidArgument, match="salt has 129 characters"):
-            await a.prepare(tokens, salt="x" * 129)
+        with pytest.raises(InvalidArgument, match="salt has 257 characters"):
+            await a.prepare(tokens, salt="x" * 257)
         with pytest.raises(InvalidArgument, match="ttl_ms = 5"):
             await a.prepare(tokens, ttl_ms=5)
         with pytest.raises(InvalidArgument, match="either token_ids or all"):

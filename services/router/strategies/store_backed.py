@@ -8,22 +8,30 @@ from typing import Annotated
 from kvmesh.strategy import ENGINE_FAILURES, Chunks, Mesh, Range, Request, WriteBack, strategy
 
 Tokens = Annotated[int, Range(1)]
+Seconds = Annotated[float, Range(0.01, 600)]
 
 
 @strategy
 async def store_backed(
-    request: Request, mesh: Mesh, *, write_back: WriteBack = "always", min_restore: Tokens = 64, salt: str = ""
+    request: Request,
+    mesh: Mesh,
+    *,
+    write_back: WriteBack = "always",
+    min_restore: Tokens = 64,
+    patience: Seconds = 10.0,
+    per_tenant: bool = False,
 ) -> Chunks:
-    """On the engine with the least load, with the prefix from the KV store where min_restore or more tokens are missing."""
+    """On the least loaded engine; the KV store gives the prefix it lacks, and keeps what was computed."""
     tokens = request.token_ids
     engine = mesh.least_loaded()
     store = mesh.store_for(tokens)
+    salt = request.tenant if per_tenant else ""
     ticket = None
     if store is not None:
         with suppress(*ENGINE_FAILURES):  # what was not restored, the engine prefills itself
-            ticket = await engine.prep_recv(tokens, end=-1)
+            ticket = await engine.prep_recv(tokens, end=-1, wait=patience)
             if ticket.missing >= min_restore:
-                await store.remote_send(tokens, ticket, salt=salt)
+                await store.remote_send(tokens, ticket, timeout=patience, salt=salt)
     answer: list[int] = []
     async for chunk in engine.start_generate(tokens, ticket):
         answer += chunk.token_ids
