@@ -10,7 +10,7 @@ import click
 from kvmesh.config import ServiceConfig, options, setting
 from kvmesh.errors import InvalidArgument
 from kvmesh.grpcx import split_address
-from services.kvstore.sizes import parse_disk, parse_size
+from kvmesh.sizes import parse_place, parse_size
 
 _NAME = re.compile(r"[A-Za-z0-9._-]{1,63}")
 DTYPES = ("auto", "float32", "bfloat16", "float16")
@@ -50,7 +50,7 @@ class KvStoreConfig(ServiceConfig):
             raise InvalidArgument("registry is missing: give --registry, --layout-of or --model, to say whose KV it is")
         parse_size(self.memory, "memory")
         if self.disk:
-            parse_disk(self.disk)
+            parse_place(self.disk, "disk")
 
 
 @click.command()

@@ -16,6 +16,7 @@ from kvmesh.errors import InvalidArgument
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
+from kvmesh.sizes import parse_place, parse_size
 from kvmesh.telemetry import Telemetry
 from kvmesh.v1 import kv_pb2_grpc, kvstore_pb2_grpc
 from kvmesh.v1.common_pb2 import Endpoint
@@ -26,7 +27,6 @@ from services.kvstore.holder import StoreHolder
 from services.kvstore.learn import learn
 from services.kvstore.pool import BlockPool
 from services.kvstore.service import NAMES, StoreService
-from services.kvstore.sizes import parse_disk, parse_size
 from services.kvstore.status import Status, describe
 from services.kvstore.store import Store
 
@@ -81,7 +81,7 @@ async def start(config: KvStoreConfig, stack: AsyncExitStack) -> Server:
 
 async def _store(config: KvStoreConfig, stack: AsyncExitStack, name: str) -> tuple[Store, Served]:
     """The tiers, which `stack` closes."""
-    disk = DiskFolder(*parse_disk(config.disk)) if config.disk else None
+    disk = DiskFolder(*parse_place(config.disk, "disk")) if config.disk else None
     owned = AsyncExitStack()
     if disk is not None:
         owned.callback(disk.close)

@@ -67,6 +67,7 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
         self.pause_after: tuple[int, asyncio.Event] | None = None
         self.stop_after: tuple[int, str] | None = None
         self.model = "fake"
+        self.layout: common_pb2.KvLayout | None = None
         self.load = engine_pb2.LoadReport(free_slots=1000)
         # What the prefix cache is told to hold, in blocks.
         self.blocks: list[int] = []
@@ -243,6 +244,7 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
             model=engine_pb2.ModelInfo(
                 name=self.model, path=self.path, vocab_size=VOCAB, context_length=CONTEXT, eos_token_ids=[EOS]
             ),
+            layout=self.layout,
             total_slots=1000,
             device="cpu",
             runtime="fake",

@@ -22,9 +22,9 @@ def parse_size(text: str, field: str) -> int:
     return int(float(found[1]) * _UNITS[found[2] or ""])
 
 
-def parse_disk(text: str) -> tuple[str, int]:
-    """(folder, bytes) of "PATH:100GiB". Raises InvalidArgument."""
+def parse_place(text: str, field: str) -> tuple[str, int]:
+    """(folder, bytes) of "PATH:100GiB". Raises InvalidArgument naming `field`."""
     path, colon, size = text.rpartition(":")
     if not colon or not path:
-        raise InvalidArgument(f"disk = {text!r} is not PATH:SIZE, such as /data/kv:100GiB")
-    return path, parse_size(size, "disk")
+        raise InvalidArgument(f"{field} = {text!r} is not PATH:SIZE, such as /data/kv:100GiB")
+    return path, parse_size(size, field)
