@@ -53,6 +53,7 @@ __all__ = [
     "Policy",
     "Range",
     "Request",
+    "SamplingParams",
     "Store",
     "Strategy",
     "TicketHandle",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,9 +48,9 @@ class Sent:
 class _Peer:
     """A channel to one life of one receiver."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, connect: Callable[[str], grpc.aio.Channel]) -> None:
         self.endpoint = endpoint
-        self.channel = channel(endpoint.address)
+        self.channel = connect(endpoint.address)
         self.stub = KvPeerStub(self.channel)
         # Without an iterator of requests: they are written one by one.
         self.write: Any = self.stub.Write
@@ -72,7 +72,14 @@ class _Peer:
 class Sender:
     """RemoteSend over one holder of KV. Owns the channels to peers, and each write until the receiver knows its end."""
 
-    def __init__(self, endpoint: Endpoint, holder: KvHolder, host_id: str) -> None:
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        holder: KvHolder,
+        host_id: str,
+        connect: Callable[[str], grpc.aio.Channel] = channel,
+    ) -> None:
+        self._connect = connect
         self._endpoint = endpoint
         self._holder = holder
         processes = [pb.Process(pid=p.pid, start_ticks=p.start_ticks) for p in holder.writers]
@@ -221,7 +228,7 @@ class Sender:
         key = endpoint.incarnation, endpoint.address
         peer = self._peers.get(key)
         if peer is None:
-            peer = self._peers[key] = _Peer(endpoint)
+            peer = self._peers[key] = _Peer(endpoint, self._connect)
             self._trim(endpoint)
         if self._looking is None or self._looking.done():
             self._looking = self._tasks.start(self._look(), "look after receivers")

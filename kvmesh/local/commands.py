@@ -65,6 +65,9 @@ def _ids(_context: click.Context, _param: click.Parameter, given: str | None) ->
 @click.option("--tokens", callback=_ids, metavar="1,2,3", help="A prompt of token ids in place of text.")
 @click.option("--strategy", default="", metavar="NAME", help="[default: the strategy in force]")
 @click.option("--param", "params", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="A strategy parameter.")
+@click.option("--session", default="", help="The conversation that it belongs to. [default: none]")
+@click.option("--tenant", default="", help="On whose account it runs. [default: none]")
+@click.option("--priority", type=click.Choice(["low", "normal", "high"]), default="normal", show_default=True)
 @click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
 @click.option("--request-id", default="", help="[default: the router makes one]")
 @click.option("--max-new-tokens", type=int, help="[default: 128]")
@@ -87,6 +90,9 @@ def generate(
     tokens: list[int] | None,
     strategy: str,
     params: dict[str, str],
+    session: str,
+    tenant: str,
+    priority: str,
     timeout: float,
     request_id: str,
     as_json: bool,
@@ -110,7 +116,15 @@ def generate(
         sampling[many] = [*sampling[many]] or None
     with Client(router_address(router, name)) as client:
         answer = client.generate(
-            prompt, strategy=strategy, strategy_params=params, request_id=request_id, timeout=timeout, **sampling
+            prompt,
+            strategy=strategy,
+            strategy_params=params,
+            request_id=request_id,
+            session=session,
+            tenant=tenant,
+            priority=priority,
+            timeout=timeout,
+            **sampling,
         )
         screen = Screen(sys.stdout)
         try:
@@ -252,3 +266,18 @@ def trace(request_id: str, trace_dir: tuple[str, ...]) -> None:
     console.print(Waterfall(spans))
     if all(s.parent_id for s in spans):
         console.print("(the request's first span is not there yet: it may still be running)", style="dim")
+
+
+@click.command()
+@click.argument("address", metavar="HOST:PORT")
+@click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
+@click.option("--service", default="", help="Full name of one service. [default: all of the process]")
+def health(address: str, timeout: float, service: str) -> None:
+    """Asks a service of the mesh whether it serves; the exit status tells."""
+    import asyncio
+
+    from kvmesh.grpcx import split_address, wait_serving
+
+    split_address(address)
+    asyncio.run(wait_serving(address, timeout, service))
+    click.echo("serving")

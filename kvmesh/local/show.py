@@ -127,6 +127,8 @@ def _engine_row(engine: pb.MeshEngine) -> list[str | Text]:
         engine.info.total_slots,
     ]
     state = Text("up", "green") if engine.connected else Text("lost", "red")
+    if engine.connected and engine.suspended:
+        state = Text("up, failing", "yellow")
     return [engine.member.endpoint.name, engine.member.endpoint.address, state, *map(str, numbers)]
 
 

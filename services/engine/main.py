@@ -22,6 +22,7 @@ from kvmesh.errors import FailedPrecondition, Unavailable
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
+from kvmesh.metrics import page
 from kvmesh.modelfolder import model_digest
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
@@ -30,6 +31,7 @@ from kvmesh.v1.common_pb2 import Endpoint, SamplingParams
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
 from services.engine.base import Runtime
 from services.engine.cli import DTYPES, EngineConfig
+from services.engine.metrics import register as register_metrics
 from services.engine.service import NAMES, EngineService
 from services.engine.status import Status
 
@@ -66,6 +68,8 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     info = describe(endpoint, runtime, *model)
     status = Status(info, runtime, book)
     service = EngineService(runtime, book, receiver, sender, status, tokenizers, telemetry)
+
+    register_metrics(await stack.enter_async_context(page("engine", name, config)), status, service.totals)
 
     def register(server: object) -> None:
         kv_pb2_grpc.add_KvEndpointServicer_to_server(service, server)  # type: ignore[arg-type]

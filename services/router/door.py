@@ -25,7 +25,7 @@ from services.router.answer import Answer
 from services.router.board import StrategyBoard
 from services.router.ledger import Ledger
 from services.router.lineup import Choice
-from services.router.recent import Recent
+from services.router.recent import Recent, Record
 from services.router.runtime import Job, Runtime
 from services.router.view import MeshView
 
@@ -62,6 +62,8 @@ class Door:
         self._tracer = telemetry.tracer
         self._running: set[str] = set()
         self.recent = Recent()
+        # Called with each request that is over.
+        self.on_end: Callable[[Record], None] = lambda record: None
 
     @property
     def running(self) -> int:
@@ -94,6 +96,7 @@ class Door:
         finally:
             self._running.discard(request_id)
             span.end()
+            self.on_end(record)
 
     def model_name(self, model: str) -> str:
         """The name of the model meant; empty means the only one. Raises MeshError."""

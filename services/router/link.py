@@ -40,7 +40,13 @@ class EngineLink:
     `acquire` and `release`; after `retire` the channel closes with the last of them.
     """
 
-    def __init__(self, member: Member, tasks: Tasks, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        member: Member,
+        tasks: Tasks,
+        on_change: Callable[[], None],
+        connect: Callable[[str], grpc.aio.Channel] = channel,
+    ) -> None:
         self.member = member
         self.name = member.endpoint.name
         self.labels = dict(member.labels)
@@ -50,7 +56,7 @@ class EngineLink:
         self.connected = False
         # A call failed as calls to the dead do; until the status stream delivers again, others go first.
         self.suspect = False
-        self._channel = channel(member.endpoint.address)
+        self._channel = connect(member.endpoint.address)
         self.kv = KvEndpointStub(self._channel)
         self.engine = EngineStub(self._channel)
         self.meter = Meter()

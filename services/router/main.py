@@ -14,6 +14,7 @@ from kvmesh.config import home
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership, MeshWatch, SharedSettings
+from kvmesh.metrics import page
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1.common_pb2 import Endpoint
@@ -23,6 +24,7 @@ from services.router.board import StrategyBoard, catalog
 from services.router.cli import RouterConfig
 from services.router.door import Door
 from services.router.folder import StrategyFolder
+from services.router.metrics import RouterMetrics
 from services.router.runtime import Runtime
 from services.router.service import NAME, RouterService
 from services.router.view import MeshView
@@ -63,6 +65,7 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     stack.push_async_callback(watch.close)
     door = Door(view, board, runtime, tokenizers, telemetry)
     service = RouterService(endpoint, view, board, door, lambda: watch.connected, folder)
+    RouterMetrics(await stack.enter_async_context(page("router", endpoint.name, config)), door, view)
     server = Server(config.listen, lambda s: add_RouterServicer_to_server(service, s), [NAME])
     stack.push_async_callback(server.stop)
     endpoint.address = config.advertise or server.address

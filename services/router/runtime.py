@@ -147,8 +147,8 @@ def _allowed(job: Job) -> int:
 def _complete(job: Job) -> GenerateFinished | None:
     """The end that the failed engine did not come to tell, if the tokens streamed are all there is."""
     sampling = job.request.sampling
-    ends: Sequence[int] = () if sampling.ignore_eos else (*job.model.eos_token_ids, *sampling.stop_token_ids)
-    if job.streamed and job.streamed[-1] in ends:
+    eos: Sequence[int] = () if sampling.ignore_eos else job.model.eos_token_ids
+    if job.streamed and job.streamed[-1] in (*eos, *sampling.stop_token_ids):
         return GenerateFinished(reason=FINISH_REASON_STOP_TOKEN, stop_token_id=job.streamed[-1])
     if len(job.streamed) >= _allowed(job):
         return GenerateFinished(reason=FINISH_REASON_LENGTH)

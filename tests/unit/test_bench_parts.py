@@ -66,7 +66,8 @@ def test_mooncake(tmp_path):
 def test_azure_and_sharegpt(tmp_path):
     path = tmp_path / "a.csv"
     path.write_text(
-        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n2023-11-16 18:17:05.2319600,31,8\n"
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n2023-11-16 18:17:03.9799600,4808,10\n"
+        "2023-11-16 18:17:05.2319600,31,8\n"
     )
     asks = workloads.azure(path)
     assert [(a.prompt_tokens, a.max_new_tokens) for a in asks] == [(4808, 10), (31, 8)]

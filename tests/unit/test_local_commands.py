@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 
 import grpc
 import pytest
@@ -239,3 +240,21 @@ async def test_down_all_stops_what_it_can_and_tells_what_it_cannot():
     assert "will not remove '/etc'" in done.stderr
     assert done.stdout == "cleaned up after the mesh 'b', whose supervisor was dead\n"
     assert MeshDir("a").file.exists() and not MeshDir("b").file.exists()
+
+
+async def test_health_tells_by_its_exit_status():
+    from kvmesh.grpcx import Server
+
+    server = Server("127.0.0.1:0", lambda s: None, [])
+    await server.start()
+    try:
+        arguments = ["health", server.address, "--timeout", "0.5"]
+        not_yet = await asyncio.create_subprocess_exec(sys.executable, "-m", "kvmesh.cli", *arguments, stderr=-1)
+        _, said = await asyncio.wait_for(not_yet.communicate(), 20)
+        assert not_yet.returncode == 1 and b"does not serve" in said
+        await server.ready()
+        serving = await asyncio.create_subprocess_exec(sys.executable, "-m", "kvmesh.cli", *arguments[:2], stdout=-1)
+        out, _ = await asyncio.wait_for(serving.communicate(), 20)
+        assert serving.returncode == 0 and out == b"serving\n"
+    finally:
+        await server.stop(0)

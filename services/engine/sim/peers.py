@@ -79,7 +79,9 @@ class LocalPeers(Peers):
         """Under a number."""
         number = len(self._inboxes) + 1
         self._inboxes[number] = inbox
-        return [KvPool(fd=number, rows=rows, layout=layout.message())] * layout.ranks
+        me = ProcessRef.current()
+        process = Process(pid=me.pid, start_ticks=me.start_ticks)
+        return [KvPool(process=process, fd=number, rows=rows, layout=layout.message())] * layout.ranks
 
     async def write(self, pool: KvPool, slots: Slots, values: Values, size: int) -> None:
         """A call."""
