@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 
 from kvmesh.aio import Tasks
 from kvmesh.errors import InvalidArgument, NotFound, Unavailable
@@ -29,6 +29,8 @@ class MeshView:
     ) -> None:
         self.links: dict[str, EngineLink] = {}
         self.stores = StoreLinks()
+        # Incarnations of the engines that are to get no new requests.
+        self.draining: Container[str] = ()
         # Every model ever described here: one whose engines are all gone is unavailable, not unknown.
         self.models: dict[str, ModelInfo] = {}
         self._on_model = on_model
@@ -92,7 +94,11 @@ class MeshView:
         up = [
             link
             for link in self.links.values()
-            if link.connected and link.info is not None and link.info.model.name == model and link.name not in excluded
+            if link.connected
+            and link.info is not None
+            and link.info.model.name == model
+            and link.name not in excluded
+            and link.member.endpoint.incarnation not in self.draining
         ]
         return [link for link in up if not link.suspect] or up
 

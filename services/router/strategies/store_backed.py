@@ -35,7 +35,7 @@ async def store_backed(
     answer: list[int] = []
     async for chunk in engine.start_generate(tokens, ticket):
         answer += chunk.token_ids
-        if chunk.finished and store is not None:
+        if chunk.finished is not None and store is not None:
             # The last token has been chosen, but has no KV yet.
             store.save(engine, [*tokens, *answer[:-1]], when=write_back, salt=salt)
         yield chunk
