@@ -5,7 +5,7 @@ from __future__ import annotations
 from contextlib import suppress
 from typing import Annotated
 
-from kvmesh.strategy import ENGINE_FAILURES, Chunks, Mesh, Range, Request, WriteBack, strategy
+from kvmesh.strategy import ENGINE_FAILURES, Chunks, Mesh, Placement, Range, Request, WriteBack, strategy
 
 Tokens = Annotated[int, Range(1)]
 Seconds = Annotated[float, Range(0.01, 600)]
@@ -20,10 +20,11 @@ async def store_backed(
     min_restore: Tokens = 64,
     patience: Seconds = 10.0,
     per_tenant: bool = False,
+    policy: Placement = "least_load",
 ) -> Chunks:
-    """On the least loaded engine; the KV store gives the prefix it lacks, and keeps what was computed."""
+    """On one engine; the KV store gives the prefix that it lacks, and keeps what was computed."""
     tokens = request.token_ids
-    engine = mesh.least_loaded()
+    engine = mesh.pick(request, policy)
     store = mesh.store_for(tokens)
     salt = request.tenant if per_tenant else ""
     ticket = None
