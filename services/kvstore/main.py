@@ -16,6 +16,7 @@ from kvmesh.errors import InvalidArgument
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
+from kvmesh.metrics import page
 from kvmesh.sizes import parse_place, parse_size
 from kvmesh.telemetry import Telemetry
 from kvmesh.v1 import kv_pb2_grpc, kvstore_pb2_grpc
@@ -25,6 +26,7 @@ from services.kvstore.cli import KvStoreConfig
 from services.kvstore.disk import DiskFolder, Served
 from services.kvstore.holder import StoreHolder
 from services.kvstore.learn import learn
+from services.kvstore.metrics import register as register_metrics
 from services.kvstore.pool import BlockPool
 from services.kvstore.service import NAMES, StoreService
 from services.kvstore.status import Status, describe
@@ -58,6 +60,7 @@ async def start(config: KvStoreConfig, stack: AsyncExitStack) -> Server:
     status = Status(describe(endpoint, served, store, holder), store, holder, book)
     receiver = Receiver(holder, book, host_id())
     service = StoreService(store, holder, receiver, sender, status, telemetry)
+    register_metrics(await stack.enter_async_context(page("kvstore", endpoint.name, config)), status)
 
     def register(server: object) -> None:
         kv_pb2_grpc.add_KvEndpointServicer_to_server(service, server)  # type: ignore[arg-type]

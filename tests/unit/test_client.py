@@ -231,7 +231,8 @@ async def test_the_timeout_is_the_deadline_of_everything(client, h):
 
 async def test_strategies_and_the_one_in_force(client, h):
     infos = {info.name: info for info in await client.strategies()}
-    assert list(infos) == ["balanced_prefill_decode", "data_parallel", "prefill_decode"]
+    assert list(infos) == sorted(infos)
+    assert {"balanced_prefill_decode", "data_parallel", "prefill_decode", "store_backed"} <= infos.keys()
     ratio = next(p for p in infos["balanced_prefill_decode"].params if p.name == "ratio")
     assert (ratio.type, ratio.default_value, ratio.constraint) == ("float", "0.2", "0 to 1")
     before = await client.strategy()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -112,6 +113,16 @@ async def test_it_waits_for_an_engine_of_its_model(tmp_path: Path) -> None:
         async with asyncio.timeout(10):
             assert (await waiting).model.name == "wanted"
         await starting.__aexit__(None, None, None)
+
+
+async def test_metrics_tell_how_full_it_is(tmp_path: Path) -> None:
+    folder, announced = model_folder(tmp_path / "toy"), tmp_path / "address"
+    async with started(model=str(folder), metrics="127.0.0.1:0", announce=str(announced)) as info:
+        address = (tmp_path / "address.metrics").read_text().strip()
+        with await asyncio.to_thread(urllib.request.urlopen, f"http://{address}/metrics", timeout=5) as answer:
+            text = answer.read().decode()
+    assert f'kvmesh_kvstore_blocks{{place="memory_free"}} {info.memory_blocks:.1f}' in text
+    assert "kvmesh_kvstore_damaged_blocks_total 0.0" in text and 'place="disk"' in text
 
 
 async def test_several_ranks_are_refused_by_name(tmp_path: Path) -> None:
