@@ -30,7 +30,7 @@ class Mover:
         self._transports = transports
         self._rows = max(64, PIECE_BYTES // bytes_per_token)
         self._connections: OrderedDict[bytes, Connection] = OrderedDict()
-        self._thread = ThreadPoolExecutor(1, "kvstore-mover")
+        self._thread = ThreadPoolExecutor(1, "kvstore-mover", initializer=_alone)
 
     async def copy(self, transport: str, peer: KvPool, source: Slots, target: Slots) -> list[Piece]:
         """Copies rows `source` of our pool to rows `target` of the peer's. Raises Unavailable.
@@ -85,3 +85,10 @@ class Mover:
         for name in list(self._connections):
             self._thread.submit(self._close, name)
         self._thread.shutdown(wait=True)
+
+
+def _alone() -> None:
+    import torch
+
+    # Copies of a few hundred KiB each: several threads spend more time on meeting than on copying.
+    torch.set_num_threads(1)
