@@ -23,6 +23,7 @@ from kvmesh.v1.common_pb2 import Endpoint
 from kvmesh.v1.operator_pb2_grpc import add_OperatorServicer_to_server
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ROUTER, Member
 from kvmesh.v1.router_pb2_grpc import add_RouterServicer_to_server
+from services.router.admission import Admission
 from services.router.board import StrategyBoard, catalog
 from services.router.cli import RouterConfig
 from services.router.door import Door
@@ -70,7 +71,8 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     stack.push_async_callback(runtime.close)
     watch = MeshWatch(config.registry, view.update)
     stack.push_async_callback(watch.close)
-    door = Door(view, board, runtime, tokenizers, telemetry)
+    admission = Admission(config.max_running, config.max_running_tokens, config.max_waiting)
+    door = Door(view, board, runtime, tokenizers, telemetry, admission)
     view.draining = draining = Draining(settings)
     stack.push_async_callback(draining.close)
     background = Tasks()

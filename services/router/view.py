@@ -90,7 +90,7 @@ class MeshView:
         return self.models[name]
 
     def candidates(self, model: str, excluded: Collection[str] = ()) -> list[EngineLink]:
-        """Links to the engines that can serve `model` now; those under suspicion only if there is no other."""
+        """Links to the engines that can serve `model` now; those suspect or suspended only if there is no other."""
         up = [
             link
             for link in self.links.values()
@@ -100,7 +100,7 @@ class MeshView:
             and link.name not in excluded
             and link.member.endpoint.incarnation not in self.draining
         ]
-        return [link for link in up if not link.suspect] or up
+        return [link for link in up if not (link.suspect or link.suspended)] or up
 
     async def close(self) -> None:
         """Closes every link."""
