@@ -79,7 +79,9 @@ class StoreLinks:
         return [
             link
             for link in self.links.values()
-            if link.connected and not link.suspect and (link.about.model.name, link.about.layout.fingerprint) in kinds
+            if link.connected
+            and not (link.suspect or link.suspended)
+            and (link.about.model.name, link.about.layout.fingerprint) in kinds
         ]
 
     def describe(self, now: float) -> list[MeshStore]:
