@@ -34,6 +34,7 @@ from kvmesh.errors import (
 )
 from kvmesh.pace import Pace
 from kvmesh.params import Choices, Param, Range, Value, bind, declared
+from kvmesh.stores import Store, WriteBack, rendezvous
 from kvmesh.v1.common_pb2 import SamplingParams, Ticket
 from kvmesh.v1.engine_pb2 import GenerateFinished
 
@@ -53,8 +54,10 @@ __all__ = [
     "Range",
     "Request",
     "SamplingParams",
+    "Store",
     "Strategy",
     "TicketHandle",
+    "WriteBack",
     "strategy",
 ]
 
@@ -236,6 +239,8 @@ class Mesh:
 
     engines: list[Engine] = field(default_factory=list)
     policies: Mapping[str, Policy] = field(default_factory=dict)
+    # The live KV stores of the request's model; may be none.
+    stores: list[Store] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         self.engines = sorted(self.engines, key=_natural)
@@ -272,6 +277,12 @@ class Mesh:
     def least_loaded(self, engines: Sequence[Engine] | None = None) -> Engine:
         """The engine with the least work, the first by name among equals; of all if `engines` is None."""
         return min(self.engines if engines is None else engines, key=lambda e: e.load.work)
+
+    def store_for(self, token_ids: Sequence[int]) -> Store | None:
+        """The store that keeps prompts that begin so; None without stores, and for less than a block."""
+        stores = {store.name: store for store in self.stores}
+        name = rendezvous(stores, token_ids)
+        return None if name is None else stores[name]
 
 
 class Strategy:

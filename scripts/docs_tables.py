@@ -38,10 +38,17 @@ def settings(service: str) -> str:
     from kvmesh.config import ServiceConfig
     from kvmesh.local.options import MeshOptions
     from services.engine.cli import EngineConfig
+    from services.kvstore.cli import KvStoreConfig
     from services.registry.cli import RegistryConfig
     from services.router.cli import RouterConfig
 
-    kinds = {"engine": EngineConfig, "router": RouterConfig, "registry": RegistryConfig, "up": MeshOptions}
+    kinds = {
+        "engine": EngineConfig,
+        "kvstore": KvStoreConfig,
+        "router": RouterConfig,
+        "registry": RegistryConfig,
+        "up": MeshOptions,
+    }
     shared = {f.name: (f.default, f.metadata) for f in dataclasses.fields(ServiceConfig)}
     kind = kinds.get(service, ServiceConfig)
     rows = ["| setting | default | |", "|---|---|---|"]

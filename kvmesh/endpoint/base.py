@@ -54,9 +54,14 @@ class KvHolder(abc.ABC):
     # Those that write into peers' pools.
     writers: list[ProcessRef]
 
+    @property
+    def block_tokens(self) -> int:
+        """Reservations end at multiples of so many tokens."""
+        return self.layout.page_size
+
     @abc.abstractmethod
     async def reserve(self, token_ids: Sequence[int], end: int, wait: float) -> Reservation:
-        """Locks what is cached of token_ids[:end] and reserves slots for the rest; `end` is a multiple of a page.
+        """Locks what is cached of token_ids[:end] and reserves slots for the rest; `end` is a multiple of a block.
 
         Waits `wait` seconds for room, first come first served. Raises ResourceExhausted. Cancelling leaves nothing.
         """

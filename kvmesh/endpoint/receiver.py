@@ -34,9 +34,9 @@ class Receiver:
         self._host_id = host_id
 
     async def prepare(self, token_ids: list[int], end: int, ttl_ms: int, wait: float, owner: str) -> TicketMessage:
-        """Reserves slots up to `end`, rounded down to a page; waits `wait` seconds for room. Raises MeshError."""
-        page = self._holder.layout.page_size
-        end = end // page * page
+        """Reserves slots up to `end`, rounded down to a block; waits `wait` seconds for room. Raises MeshError."""
+        block = self._holder.block_tokens
+        end = end // block * block
         reservation = await self._holder.reserve(token_ids, end, wait)
         return self._book.open(reservation, end, owner, ttl_ms / 1000)
 

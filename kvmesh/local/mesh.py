@@ -16,7 +16,7 @@ Stage = Callable[[LocalMesh], list[Spec]]
 
 
 def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[Stage]:
-    """etcd; then the registry; then all engines and the router together."""
+    """etcd; then the registry; then all engines, stores and the router together."""
 
     def etcd(mesh: LocalMesh) -> list[Spec]:
         from kvmesh.local.etcd import command, environment, free_ports
@@ -37,7 +37,8 @@ def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[St
         waits = [*registry, "--wait-engines", str(options.engines), "--http", options.http]
         if options.strategy_dir:
             waits += ["--strategy-dir", str(Path(options.strategy_dir).expanduser().resolve())]
-        return [*engines, _service(mesh, options, "router", "router", waits, options.listen)]
+        stores = [_store(mesh, options, f"kvstore-{i}", registry) for i in range(options.stores)]
+        return [*engines, *stores, _service(mesh, options, "router", "router", waits, options.listen)]
 
     return [etcd, registry, workers]
 
@@ -49,6 +50,17 @@ def _engine(mesh: LocalMesh, options: MeshOptions, name: str, model: Path, argum
     # Several engines share the cores: one thread each, unless the user says otherwise.
     environment = {"OMP_NUM_THREADS": "1", **os.environ}
     return _service(mesh, options, name, "engine", [*own, *arguments], environment=environment, patience=15)
+
+
+def _store(mesh: LocalMesh, options: MeshOptions, name: str, registry: list[str]) -> Spec:
+    own = ["--name", name, "--memory", options.store_memory]
+    if options.store_disk:
+        from kvmesh.sizes import parse_place
+
+        folder, size = parse_place(options.store_disk, "store_disk")
+        own += ["--disk", f"{Path(folder).expanduser().resolve() / name}:{size}"]
+    # What is still to be written reaches the disk at the end.
+    return _service(mesh, options, name, "kvstore", [*own, *registry], patience=15)
 
 
 def _service(

@@ -7,6 +7,7 @@ import dataclasses
 from kvmesh.config import TraceConfig, setting
 from kvmesh.errors import InvalidArgument
 from kvmesh.local.state import MeshDir
+from kvmesh.sizes import parse_place, parse_size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,6 +19,9 @@ class MeshOptions(TraceConfig):
     engines: int = setting(2, "Engines to start.")
     dtype: str = setting("auto", "float32, bfloat16 or auto (what the model's configuration says).")
     kv_tokens: int = setting(0, "KV slots of each engine, in tokens; 0 takes the engine's default.")
+    stores: int = setting(0, "KV stores to start.")
+    store_memory: str = setting("256MiB", "Memory of each KV store.")
+    store_disk: str = setting("", "FOLDER:SIZE of the stores' disk tiers, one folder each inside. [default: none]")
     listen: str = setting("127.0.0.1:0", "HOST:PORT of the router; port 0 takes a free one.")
     http: str = setting("127.0.0.1:0", "HOST:PORT of the router's HTTP door, OpenAI's API; empty: none.")
     strategy_dir: str = setting("", "Folder of strategies of your own, taken in again when a file changes.")
@@ -32,6 +36,11 @@ class MeshOptions(TraceConfig):
             raise InvalidArgument(f"engines = {self.engines} is not between 1 and 64")
         if self.kv_tokens < 0:
             raise InvalidArgument(f"kv_tokens = {self.kv_tokens} is negative")
+        if not 0 <= self.stores <= 64:
+            raise InvalidArgument(f"stores = {self.stores} is not between 0 and 64")
+        parse_size(self.store_memory, "store_memory")
+        if self.store_disk:
+            parse_place(self.store_disk, "store_disk")
         if self.start_timeout <= 0:
             raise InvalidArgument(f"start_timeout = {self.start_timeout} is not above 0")
 

@@ -72,7 +72,8 @@ async def serve(options: MeshOptions, engine_args: list[str]) -> int:
     if tiny:
         console.print(f"no --model given: a tiny random Llama with a byte-level tokenizer ({model})", soft_wrap=True)
     async with interrupts() as stop, LocalMesh(MeshDir(options.name), str(model)) as mesh:
-        console.print(f"starting the mesh {options.name!r}: etcd, registry, {options.engines} engines, router")
+        stores = f", {options.stores} KV stores" if options.stores else ""
+        console.print(f"starting the mesh {options.name!r}: etcd, registry, {options.engines} engines{stores}, router")
         try:
             if not await unless(stop, start(mesh, options, model, engine_args, console)):
                 console.print("interrupted; stopping")

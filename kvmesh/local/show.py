@@ -13,6 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from kvmesh.client import Result
+from kvmesh.local.show_stores import stores_part
 from kvmesh.local.waterfall import human_bytes
 from kvmesh.v1 import router_pb2 as pb
 
@@ -91,7 +92,7 @@ def mesh_page(mesh: pb.GetMeshResponse, address: str, ended: Sequence[str]) -> G
         labels = " ".join(f"{k}={v}" for k, v in sorted(engine.member.labels.items()))
         table.add_row(*_engine_row(engine), *([labels] if labelled else []))
     legend = "KV slots, free to total, are in tokens; held: reserved for transfers"
-    return Group(*lines, table, Text(legend, style="dim"))
+    return Group(*lines, table, Text(legend, style="dim"), *stores_part(mesh.stores))
 
 
 def _table(*columns: str) -> Table:

@@ -19,7 +19,7 @@ from kvmesh.local.child import KILL_PATIENCE, Child, Spec
 from kvmesh.local.state import MeshDir, MeshState, ProcessId, ProcessRecord
 
 # Order of stopping: who depends on others goes first.
-STOP_ORDER = ("router", "engine", "registry", "etcd")
+STOP_ORDER = ("router", "engine", "kvstore", "registry", "etcd")
 
 
 class StartFailed(Unavailable):

@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from kvmesh.endpoint.base import KvHolder, Piece, Reservation, SendReport
+from kvmesh.errors import Unimplemented
 from kvmesh.v1.common_pb2 import SamplingParams
 
 __all__ = [
     "Ending",
+    "HotContext",
     "Model",
     "Output",
     "Outputs",
@@ -93,6 +95,14 @@ class Outputs(AsyncIterator[Output]):
 
 
 @dataclass(frozen=True, slots=True)
+class HotContext:
+    """A context in the prefix cache, and how long ago it was used, in seconds."""
+
+    token_ids: Sequence[int]
+    idle: float
+
+
+@dataclass(frozen=True, slots=True)
 class RuntimeLoad:
     """As LoadReport, without what only the service knows."""
 
@@ -145,6 +155,10 @@ class Runtime(KvHolder):
     @abc.abstractmethod
     async def flush(self) -> None:
         """Empties the prefix cache. Raises FailedPrecondition while anything uses it."""
+
+    async def hottest(self, count: int) -> list[HotContext]:
+        """The `count` contexts in the prefix cache that were used last. Raises Unimplemented."""
+        raise Unimplemented("this kind of engine does not tell which contexts are hot")
 
     @abc.abstractmethod
     def watch_cache(self) -> None:

@@ -11,19 +11,20 @@ import shutil
 import signal
 import tempfile
 import time
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
-from hashlib import blake2b
 from pathlib import Path
 
 from kvmesh.blocks import BLOCK_TOKENS
 from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
-from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
+from kvmesh.errors import FailedPrecondition, Unavailable
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
 from kvmesh.metrics import page
+from kvmesh.modelfolder import model_digest
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2_grpc
@@ -38,6 +39,8 @@ from services.engine.status import Status
 log = logging.getLogger(__name__)
 
 REGISTER_S = 60.0
+# Between the answer to Leave and the end of the process.
+LEAVE_S = 0.5
 CPU_KV_TOKENS, CPU_CHUNK_TOKENS = 16384, 512
 WARM_TOKENS, WARM_S = 64, 300.0
 
@@ -84,10 +87,21 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     log.info("serves %s (%s) on %s", info.model.name, runtime.version, server.address)
     announce(config.announce, server.address)
     if config.registry:
-        await _join(config, endpoint, stack)
+        service.leave = _leave(await _join(config, endpoint, stack))
     await server.ready()
     log.info("ready")
     return runtime
+
+
+def _leave(membership: Membership) -> Callable[[bool], Awaitable[None]]:
+    async def leave(stop: bool) -> None:
+        log.info("leaves the mesh")
+        await membership.stop()
+        if stop:
+            # As whoever runs it would; a moment later, so that the caller hears of it.
+            asyncio.get_running_loop().call_later(LEAVE_S, os.kill, os.getpid(), signal.SIGTERM)
+
+    return leave
 
 
 async def _sglang(config: EngineConfig, incarnation: str, stack: AsyncExitStack) -> tuple[Runtime, tuple[str, str]]:
@@ -179,7 +193,7 @@ def _run_dir(config: EngineConfig, stack: AsyncExitStack) -> Path:
     return Path(made)
 
 
-async def _join(config: EngineConfig, endpoint: Endpoint, stack: AsyncExitStack) -> None:
+async def _join(config: EngineConfig, endpoint: Endpoint, stack: AsyncExitStack) -> Membership:
     member = Member(
         endpoint=endpoint,
         kind=MEMBER_KIND_ENGINE,
@@ -191,6 +205,7 @@ async def _join(config: EngineConfig, endpoint: Endpoint, stack: AsyncExitStack)
     membership = Membership(config.registry, member)
     await membership.start(REGISTER_S)
     stack.push_async_callback(membership.stop)
+    return membership
 
 
 def describe(endpoint: Endpoint, runtime: Runtime, name: str, path: str) -> engine_pb2.EngineInfo:
@@ -212,24 +227,3 @@ def describe(endpoint: Endpoint, runtime: Runtime, name: str, path: str) -> engi
         transports=list(runtime.pools),
         cache_block_tokens=BLOCK_TOKENS,
     )
-
-
-def model_digest(folder: Path) -> str:
-    """32 hexadecimal digits that tell models apart: over the configuration, and names and sizes of the weights.
-
-    Raises InvalidArgument when `folder` is no model.
-    """
-    config = folder / "config.json"
-    if not config.is_file():
-        raise InvalidArgument(f"model = {str(folder)!r} has no config.json: give the folder of a Hugging Face model")
-    try:
-        content = json.dumps(json.loads(config.read_text()), sort_keys=True)
-    except ValueError as error:
-        raise InvalidArgument(f"{config} is not JSON: {error}") from None
-    digest = blake2b(content.encode(), digest_size=16)
-    for path in sorted(folder.glob("*.safetensors*")):
-        digest.update(f"{path.name}:{path.stat().st_size};".encode())
-        # Sizes are equal for models of one architecture: the first tensors' bytes are not.
-        with open(path, "rb") as file:
-            digest.update(file.read(1 << 20))
-    return digest.hexdigest()

@@ -6,7 +6,7 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Coroutine, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
 from typing import Any, TypeAlias, TypeVar
 
@@ -40,6 +40,7 @@ from services.engine.status import DEFAULT_INTERVAL_MS, MAX_INTERVAL_MS, MIN_INT
 
 NAMES = ["kvmesh.v1.KvEndpoint", "kvmesh.v1.KvPeer", "kvmesh.v1.Engine"]
 OWNER_CHARS = 128
+MAX_HOTTEST = 1000
 # What a call without a deadline may take.
 REQUEST_S = 300.0
 _ID = re.compile(r"[A-Za-z0-9._:#-]{1,128}")
@@ -73,6 +74,8 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         self._model = status.info.model
         self._running: dict[str, Outputs | None] = {}
         self.totals = Totals()
+        # Leaves the registry, and ends the process if told to.
+        self.leave: Callable[[bool], Awaitable[None]] = _nowhere
 
     @contextmanager
     def _call(self, name: str, context: Context, **attributes: int | str) -> Iterator[Span]:
@@ -265,6 +268,21 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         return engine_pb2.FlushResponse()
 
     @rpc
+    async def Hottest(self, request: engine_pb2.HottestRequest, context: Context) -> engine_pb2.HottestResponse:
+        """Contexts used last."""
+        if not 1 <= request.count <= MAX_HOTTEST:
+            raise InvalidArgument(f"count = {request.count} is not between 1 and {MAX_HOTTEST}")
+        found = await self._runtime.hottest(request.count)
+        contexts = [engine_pb2.HotContext(token_ids=c.token_ids, idle_seconds=max(0.0, c.idle)) for c in found]
+        return engine_pb2.HottestResponse(contexts=contexts)
+
+    @rpc
+    async def Leave(self, request: engine_pb2.LeaveRequest, context: Context) -> engine_pb2.LeaveResponse:
+        """Out of the registry."""
+        await self.leave(request.stop)
+        return engine_pb2.LeaveResponse()
+
+    @rpc
     async def WatchStatus(
         self, request: engine_pb2.WatchStatusRequest, context: Context
     ) -> AsyncIterator[engine_pb2.EngineStatus]:
@@ -292,3 +310,7 @@ def _report(sent: Sent, begin: int, end: int, arrived: int) -> kv_pb2.RemoteSend
         send_seconds=sum(p.end_ns - p.begin_ns for p in report.pieces) / 1e9,
         chunks=len(report.pieces),
     )
+
+
+async def _nowhere(stop: bool) -> None:
+    raise FailedPrecondition("this engine is in no registry")

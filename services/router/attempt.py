@@ -57,6 +57,11 @@ class Attempt:
         self._generations = 0
         self._closed = False
 
+    @property
+    def span(self) -> Span:
+        """The parent of all that it does."""
+        return self._span
+
     def budget(self, at_most: float | None = None) -> float:
         """Seconds that a sub-request may take. Raises DeadlineExceeded, or Cancelled when the attempt is over."""
         if self._closed:

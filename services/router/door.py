@@ -123,6 +123,10 @@ class Door:
             raise InvalidArgument(f"messages: model {info.name} has no tokenizer here")
         return await tokenizer.chat(messages)
 
+    async def text_prompt(self, model: str, text: str) -> tuple[int, ...]:
+        """Token ids of a prompt given as text, checked. Raises MeshError."""
+        return (await self._prompt(pb.GenerateRequest(text=text, model=model))).token_ids
+
     async def token_texts(self, model: str, token_ids: Iterable[int]) -> list[str]:
         """The text of each token by itself; empty texts without a tokenizer."""
         tokenizer = await self._tokenizers.get(self._view.model(model).path)

@@ -30,6 +30,11 @@ PREPARE_S = 5.0
 class EngineHandle(Engine):
     """One engine for one attempt."""
 
+    # What the span of a send is called.
+    send_span = "remote_send"
+    # What stores are to keep the KV under.
+    salt = ""
+
     def __init__(self, attempt: Attempt, link: EngineLink) -> None:
         self.name = link.name
         self.labels = link.labels
@@ -64,6 +69,7 @@ class EngineHandle(Engine):
             wait_ms=int(1000 * max(0.0, min(wait, left))),
             owner=a.request.request_id,
             model=a.request.model,
+            salt=self.salt,
         )
         a.use(link)
         a.charge(link, 0)
@@ -120,7 +126,7 @@ class EngineHandle(Engine):
         a.use(link)
         a.charge(link, end - begin)
         link.meter.prefilling(end - begin)
-        span = a.child("remote_send", link, begin=begin, end=end, receiver=ticket.engine)
+        span = a.child(self.send_span, link, begin=begin, end=end, receiver=ticket.engine)
         request = RemoteSendRequest(
             token_ids=token_ids,
             begin=begin,
@@ -128,6 +134,7 @@ class EngineHandle(Engine):
             ticket=ticket.proto,
             owner=a.request.request_id,
             model=a.request.model,
+            salt=self.salt,
         )
         call = link.kv.RemoteSend(
             request, timeout=left / 2 if timeout is None else min(left, timeout), metadata=inject(span)
@@ -137,7 +144,7 @@ class EngineHandle(Engine):
         certain, ticket.certain = ticket.certain, False
         try:
             reply = await call
-            ticket.filled, ticket.certain = end, certain
+            ticket.filled, ticket.certain = begin + reply.sent_tokens, certain
             a.ledger.sent(self.name, ticket.engine, reply)
             link.meter.prefilling(reply.computed_tokens - (end - begin))
             link.meter.sent(reply)

@@ -9,7 +9,9 @@ import secrets
 import time
 from contextlib import AsyncExitStack
 from pathlib import Path
+from typing import Any
 
+from kvmesh.aio import Tasks
 from kvmesh.config import home
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
@@ -18,14 +20,19 @@ from kvmesh.metrics import page
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1.common_pb2 import Endpoint
+from kvmesh.v1.operator_pb2_grpc import add_OperatorServicer_to_server
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ROUTER, Member
 from kvmesh.v1.router_pb2_grpc import add_RouterServicer_to_server
 from services.router.admission import Admission
 from services.router.board import StrategyBoard, catalog
 from services.router.cli import RouterConfig
 from services.router.door import Door
+from services.router.draining import Draining
 from services.router.folder import StrategyFolder
 from services.router.metrics import RouterMetrics
+from services.router.move import ContextMover
+from services.router.operator import NAME as OPERATOR
+from services.router.operator import OperatorService
 from services.router.runtime import Runtime
 from services.router.service import NAME, RouterService
 from services.router.view import MeshView
@@ -66,9 +73,19 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     stack.push_async_callback(watch.close)
     admission = Admission(config.max_running, config.max_running_tokens, config.max_waiting)
     door = Door(view, board, runtime, tokenizers, telemetry, admission)
+    view.draining = draining = Draining(settings)
+    stack.push_async_callback(draining.close)
+    background = Tasks()
+    stack.push_async_callback(background.close)
+    operator = OperatorService(ContextMover(view, telemetry.tracer, background), draining, door)
     service = RouterService(endpoint, view, board, door, lambda: watch.connected, folder)
     RouterMetrics(await stack.enter_async_context(page("router", endpoint.name, config)), door, view)
-    server = Server(config.listen, lambda s: add_RouterServicer_to_server(service, s), [NAME])
+
+    def register(server: Any) -> None:
+        add_RouterServicer_to_server(service, server)
+        add_OperatorServicer_to_server(operator, server)
+
+    server = Server(config.listen, register, [NAME, OPERATOR])
     stack.push_async_callback(server.stop)
     endpoint.address = config.advertise or server.address
     await server.start()
@@ -76,6 +93,7 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     announce(config.announce, server.address)
     watch.start()
     board.start()
+    draining.start()
     if folder is not None:
         folder.follow(board.adopt)
     http = await _http(config, door, view, service, stack)

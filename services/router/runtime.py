@@ -23,6 +23,7 @@ from services.router.handles import EngineHandle
 from services.router.ledger import Ledger
 from services.router.link import EngineLink
 from services.router.policies import all_policies
+from services.router.saver import Saver
 from services.router.view import MeshView
 
 log = logging.getLogger(__name__)
@@ -54,6 +55,7 @@ class Runtime:
         self._tracer = tracer
         self._policies = all_policies()
         self._background = Tasks()
+        self._saver = Saver(tracer, self._background)
 
     async def run(self, job: Job) -> AsyncGenerator[Chunk, None]:
         """The answer, the last chunk with `finished`. Close it when leaving early (contextlib.aclosing).
@@ -106,7 +108,8 @@ class Runtime:
         raise failure or Unavailable(f"no engine that serves {job.model.name} is alive")
 
     def _mesh(self, attempt: Attempt, links: Sequence[EngineLink]) -> Mesh:
-        return Mesh([EngineHandle(attempt, link) for link in links], self._policies)
+        stores = self._saver.handles(attempt, self._view.stores.candidates(links), links)
+        return Mesh([EngineHandle(attempt, link) for link in links], self._policies, stores)
 
     def _span(self, job: Job) -> Span:
         if not job.span.is_recording():
@@ -118,7 +121,8 @@ class Runtime:
         return span
 
     async def close(self) -> None:
-        """Lets releases under way finish, a second at most."""
+        """Lets releases under way finish, a second at most; saves end."""
+        await self._saver.close()
         await self._background.drain(1.0)
         await self._background.close()
 

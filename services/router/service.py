@@ -103,4 +103,5 @@ class RouterService(router_pb2_grpc.RouterServicer):
             running_requests=self._door.running,
             waiting_requests=self._door.waiting,
             router=self._endpoint,
+            stores=self._view.stores.describe(now),
         )

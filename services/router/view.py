@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Container, Mapping
 
 from kvmesh.aio import Tasks
 from kvmesh.errors import InvalidArgument, NotFound, Unavailable
 from kvmesh.v1.engine_pb2 import ModelInfo
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
 from services.router.link import EngineLink
+from services.router.storelink import StoreLinks
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +28,9 @@ class MeshView:
         make_link: Callable[[Member, Tasks, Callable[[], None]], EngineLink] = EngineLink,
     ) -> None:
         self.links: dict[str, EngineLink] = {}
+        self.stores = StoreLinks()
+        # Incarnations of the engines that are to get no new requests.
+        self.draining: Container[str] = ()
         # Every model ever described here: one whose engines are all gone is unavailable, not unknown.
         self.models: dict[str, ModelInfo] = {}
         self._on_model = on_model
@@ -36,6 +40,7 @@ class MeshView:
 
     def update(self, members: Mapping[str, Member]) -> None:
         """Makes the links those of the engines in `members`; a new incarnation gets a new link."""
+        self.stores.update(members)
         engines = {m.endpoint.name: m for m in members.values() if m.kind == MEMBER_KIND_ENGINE}
         for name, link in list(self.links.items()):
             if name not in engines or engines[name].endpoint != link.member.endpoint:
@@ -89,12 +94,17 @@ class MeshView:
         up = [
             link
             for link in self.links.values()
-            if link.connected and link.info is not None and link.info.model.name == model and link.name not in excluded
+            if link.connected
+            and link.info is not None
+            and link.info.model.name == model
+            and link.name not in excluded
+            and link.member.endpoint.incarnation not in self.draining
         ]
         return [link for link in up if not (link.suspect or link.suspended)] or up
 
     async def close(self) -> None:
         """Closes every link."""
+        await self.stores.close()
         await self._tasks.close()
         await asyncio.gather(*(link.close() for link in self.links.values()))
         self.links.clear()

@@ -184,6 +184,20 @@ class RunningMesh:
             time.sleep(0.1)
         self._beside[name] = (announced.read_text().strip(), process.pid)
 
+    def start_store_beside(self, name: str, *arguments: str) -> None:
+        """Starts a KV store under the name of one that is dead; returns once it has announced."""
+        folder = self.home / f"beside-{name}-{len(self._processes)}"
+        folder.mkdir()
+        announced = folder / "address"
+        command = self.command("kvstore", "--name", name, "--registry", self.address("registry"), *arguments)
+        command += ["--announce", str(announced), "--trace-dir", str(self.root / "traces")]
+        process = self._spawn(command, self.home / f"{folder.name}.log", self.environment())
+        deadline = time.monotonic() + START_S
+        while not announced.exists():
+            assert process.poll() is None and time.monotonic() < deadline, self.logs[f"{folder.name}.log"][-4000:]
+            time.sleep(0.05)
+        self._beside[name] = (announced.read_text().strip(), process.pid)
+
     def stop(self) -> None:
         """Ends everything as a user would, then kills what is left."""
         try:

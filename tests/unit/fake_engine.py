@@ -67,6 +67,9 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
         self.pause_after: tuple[int, asyncio.Event] | None = None
         self.stop_after: tuple[int, str] | None = None
         self.model = "fake"
+        # What Hottest tells.
+        self.contexts: list[list[int]] = []
+        self.layout: common_pb2.KvLayout | None = None
         self.load = engine_pb2.LoadReport(free_slots=1000)
         # What the prefix cache is told to hold, in blocks.
         self.blocks: list[int] = []
@@ -237,12 +240,25 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
             await context.abort(grpc.StatusCode.UNAVAILABLE, "the fake engine was told to die")
 
     @rpc
+    async def Hottest(self, request: engine_pb2.HottestRequest, context: Any) -> engine_pb2.HottestResponse:
+        await self._enter("Hottest", request, context)
+        found = [engine_pb2.HotContext(token_ids=tokens) for tokens in self.contexts[: request.count]]
+        return engine_pb2.HottestResponse(contexts=found)
+
+    @rpc
+    async def Leave(self, request: engine_pb2.LeaveRequest, context: Any) -> engine_pb2.LeaveResponse:
+        await self._enter("Leave", request, context)
+        await self.membership.stop()
+        return engine_pb2.LeaveResponse()
+
+    @rpc
     async def WatchStatus(self, request: engine_pb2.WatchStatusRequest, context: Any) -> None:  # type: ignore[override]
         info = engine_pb2.EngineInfo(
             endpoint=self.endpoint,
             model=engine_pb2.ModelInfo(
                 name=self.model, path=self.path, vocab_size=VOCAB, context_length=CONTEXT, eos_token_ids=[EOS]
             ),
+            layout=self.layout,
             total_slots=1000,
             device="cpu",
             runtime="fake",

@@ -60,6 +60,7 @@ class Agent:
                 (m.MeshCancelSend, self._sends.cancel),
                 (m.MeshForgetPeer, lambda request: self._copier.forget(request.peer)),
                 (m.MeshFlush, self._flush),
+                (m.MeshHottest, self._hottest),
                 (m.MeshWatchCache, self._watch_cache),
             ]
         )
@@ -152,6 +153,12 @@ class Agent:
     def _flush(self, request: m.MeshFlush) -> m.MeshDone:
         done = self._scheduler.flush_cache()
         return m.MeshDone(rid=request.rid, error="" if done else "requests run, or tickets are held")
+
+    def _hottest(self, request: m.MeshHottest) -> m.MeshContexts:
+        now = time.monotonic()
+        found = self._tree.hottest(request.count)
+        ids = [array("q", tokens).tobytes() for tokens, _ in found]
+        return m.MeshContexts(rid=request.rid, ids=ids, idle=[now - used for _, used in found])
 
     def _watch_cache(self, _request: m.MeshWatchCache) -> None:
         self._tree.on_change = self._cache_changed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Callable
 from typing import Any
 
@@ -71,6 +72,27 @@ class MeshRadixCache(RadixCache):  # type: ignore[misc]
             return []
         path = [token for key in reversed(keys) for token in key]
         return block_hashes(path)[before // BLOCK_TOKENS :]
+
+    def hottest(self, count: int) -> list[tuple[list[int], float]]:
+        """(token ids, time of last use) of the `count` contexts used last, latest first; none begins another."""
+        leaves: list[TreeNode] = []
+        stack = list(self.root_node.children.values())
+        while stack:
+            node = stack.pop()
+            if node.children:
+                stack.extend(node.children.values())
+            elif node.key.extra_key is None:
+                leaves.append(node)
+        latest = heapq.nlargest(count, leaves, key=lambda node: node.last_access_time)
+        return [(self._path(node), float(node.last_access_time)) for node in latest]
+
+    def _path(self, node: TreeNode) -> list[int]:
+        """All token ids from the root to the end of `node`."""
+        keys = []
+        while node is not self.root_node:
+            keys.append(_tokens(node))
+            node = node.parent
+        return [token for key in reversed(keys) for token in key]
 
     def blocks(self) -> list[int]:
         """Hashes of all blocks in the tree."""

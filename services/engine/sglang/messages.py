@@ -92,6 +92,19 @@ class MeshDone(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     error: str = ""
 
 
+class MeshHottest(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
+    """Which contexts were used last? Answered by MeshContexts."""
+
+    count: int
+
+
+class MeshContexts(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
+    """The one used last first; `idle` in seconds."""
+
+    ids: list[bytes] = []  # noqa: RUF012 (msgspec copies it)
+    idle: list[float] = []  # noqa: RUF012
+
+
 class MeshWatchCache(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     """From now on tell of cache changes, beginning with all there is."""
 
@@ -138,6 +151,8 @@ ALL = (
     MeshForgetPeer,
     MeshFlush,
     MeshDone,
+    MeshHottest,
+    MeshContexts,
     MeshWatchCache,
     MeshCacheChange,
     MeshBegan,

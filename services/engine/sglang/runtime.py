@@ -20,7 +20,18 @@ from kvmesh.process import ProcessRef
 from kvmesh.sampling import MAX_SEED
 from kvmesh.v1.common_pb2 import KvLayout, SamplingParams
 from kvmesh.v1.kv_pb2 import KvPool
-from services.engine.base import Ending, Model, Output, Outputs, Piece, Reservation, Runtime, RuntimeLoad, SendReport
+from services.engine.base import (
+    Ending,
+    HotContext,
+    Model,
+    Output,
+    Outputs,
+    Piece,
+    Reservation,
+    Runtime,
+    RuntimeLoad,
+    SendReport,
+)
 from services.engine.sglang.frontend import Frontend, SglangOptions
 
 log = logging.getLogger(__name__)
@@ -258,6 +269,16 @@ class SglangRuntime(Runtime):
         reply = await self._ask(m.MeshFlush(rid=self._id()))
         if reply.error:
             raise FailedPrecondition(f"the cache is not emptied: {reply.error}")
+
+    async def hottest(self, count: int) -> list[HotContext]:
+        """As the base says."""
+        from services.engine.sglang import messages as m
+
+        reply = await self._ask(m.MeshHottest(rid=self._id(), count=count))
+        return [
+            HotContext(np.frombuffer(ids, np.int64).tolist(), idle)
+            for ids, idle in zip(reply.ids, reply.idle, strict=True)
+        ]
 
     def watch_cache(self) -> None:
         """As the base says."""
