@@ -266,7 +266,7 @@ class Sender:
 
 def _read(call: Any) -> asyncio.Future[Any]:
     """The next message. Its failure may be nobody's business any more: then it must not be reported as forgotten."""
-    read = asyncio.ensure_future(call.read())
+    read: asyncio.Future[Any] = asyncio.ensure_future(call.read())
     read.add_done_callback(lambda done: done.cancelled() or done.exception())
     return read
 

@@ -188,15 +188,16 @@ class TicketBook:
         if (ticket := self._doubtful.pop(key, None)) is not None:
             self._give_back(ticket)
 
-    def use(self, ticket: Ticket, begin: int) -> int:
-        """Ends the ticket for the sake of a generation; its reservation is the caller's now.
-
-        Raises FailedPrecondition while it is being written into, InvalidArgument unless it is filled up to `begin`.
-        """
+    def check_use(self, ticket: Ticket, begin: int) -> None:
+        """Raises FailedPrecondition while it is being written into, InvalidArgument unless it is filled to `begin`."""
         if ticket.writer is not None:
             raise FailedPrecondition(f"ticket {ticket.id} is still being written into by {ticket.writer.name}")
         if begin != ticket.filled:
             raise InvalidArgument(f"begin = {begin}, but ticket {ticket.id} is filled to {ticket.filled}")
+
+    def use(self, ticket: Ticket, begin: int) -> int:
+        """Ends the ticket for the sake of a generation; its reservation is the caller's now. Raises as `check_use`."""
+        self.check_use(ticket, begin)
         self._forget(ticket, "was used")
         self.on_change()
         return ticket.reservation

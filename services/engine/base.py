@@ -150,7 +150,10 @@ class Runtime(KvHolder):
     def generate(
         self, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, reservation: int | None
     ) -> Outputs:
-        """Tokens as they come, then one output with `ending`. Uses the reservation up. The caller closes it."""
+        """Tokens as they come, then one output with `ending`. The caller closes it.
+
+        Uses the reservation up, unless it raises.
+        """
 
     @abc.abstractmethod
     async def flush(self) -> None:

@@ -16,7 +16,7 @@ from opentelemetry.trace import Span, SpanKind
 from kvmesh.detokenize import TextStream
 from kvmesh.endpoint.receiver import DEFAULT_TTL_MS, MAX_TTL_MS, MAX_WAIT_MS, MIN_TTL_MS, Receiver
 from kvmesh.endpoint.sender import Sender, Sent
-from kvmesh.endpoint.tickets import TicketBook
+from kvmesh.endpoint.tickets import Ticket, TicketBook
 from kvmesh.errors import (
     AlreadyExists,
     Cancelled,
@@ -51,6 +51,26 @@ _OTHERS: dict[type[BaseException], str] = {asyncio.CancelledError: Cancelled.sta
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
+class _Run:
+    """A StartGenerate that runs, also before the runtime knows of it."""
+
+    def __init__(self) -> None:
+        self._outputs: Outputs | None = None
+        self._aborted = False
+
+    def set(self, outputs: Outputs) -> None:
+        """What the runtime gives."""
+        self._outputs = outputs
+        if self._aborted:
+            outputs.abort()
+
+    def abort(self) -> None:
+        """Ends it, now or as soon as it has begun."""
+        self._aborted = True
+        if self._outputs is not None:
+            self._outputs.abort()
+
+
 class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, engine_pb2_grpc.EngineServicer):
     """All three services of one engine. What it is given stays its giver's."""
 
@@ -72,7 +92,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         self._tokenizers = tokenizers
         self._tracer = telemetry.tracer
         self._model = status.info.model
-        self._running: dict[str, Outputs | None] = {}
+        self._running: dict[str, _Run] = {}
         self.totals = Totals()
         # Leaves the registry, and ends the process if told to.
         self.leave: Callable[[bool], Awaitable[None]] = _nowhere
@@ -200,11 +220,11 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
             raise InvalidArgument(f"request_id = {request_id[:200]!r} is not [A-Za-z0-9._:#-], 1 to 128 characters")
         if request_id in self._running:
             raise AlreadyExists(f"request_id = {request_id!r} is running here")
-        self._running[request_id] = None
+        run = self._running[request_id] = _Run()
         about: dict[str, int | str] = {"request_id": request_id, "prompt_tokens": len(request.token_ids)}
         try:
             with self._call("start_generate", context, **about) as span:
-                await self._in_time(self._generate(request, request_id, context, span), context)
+                await self._in_time(self._generate(request, run, context, span), context)
         finally:
             del self._running[request_id]
 
@@ -217,7 +237,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
             raise DeadlineExceeded("the request's deadline passed") from None
 
     async def _generate(
-        self, request: engine_pb2.StartGenerateRequest, request_id: str, context: Context, span: Span
+        self, request: engine_pb2.StartGenerateRequest, run: _Run, context: Context, span: Span
     ) -> None:
         token_ids, model = list(request.token_ids), self._model
         self._check_prompt(token_ids, request.model, "")
@@ -227,17 +247,21 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         begin, _ = check_range(request.begin, len(token_ids), len(token_ids))
         if begin == len(token_ids):
             raise InvalidArgument(f"begin = {request.begin} leaves no token of {len(token_ids)} to prefill")
-        reservation: int | None = None
+        ticket: Ticket | None = None
         if request.HasField("ticket"):
             ticket = self._book.get(request.ticket)
-            reservation = self._book.use(ticket, begin)
+            self._book.check_use(ticket, begin)
         elif begin:
             raise InvalidArgument(f"begin = {request.begin} without a ticket")
         if span.is_recording():
             span.set_attribute("kvmesh.begin", begin)
         generation = Generation(len(token_ids), text, self._tracer, span)
+        reservation = None if ticket is None else ticket.reservation
         outputs = self._runtime.generate(token_ids, request.sampling, max_new, reservation)
-        self._running[request_id] = outputs
+        if ticket is not None:
+            # Not before: a call that is refused leaves the ticket as it was.
+            self._book.use(ticket, begin)
+        run.set(outputs)
         async with aclosing(generation.run(outputs)) as messages:
             async for message in messages:
                 self.totals.generated_tokens += len(message.chunk.token_ids)
@@ -256,10 +280,10 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
     @rpc
     async def Abort(self, request: engine_pb2.AbortRequest, context: Context) -> engine_pb2.AbortResponse:
         """Ends a running generation."""
-        outputs = self._running.get(request.request_id)
-        if outputs is not None:
-            outputs.abort()
-        return engine_pb2.AbortResponse(found=outputs is not None)
+        run = self._running.get(request.request_id)
+        if run is not None:
+            run.abort()
+        return engine_pb2.AbortResponse(found=run is not None)
 
     @rpc
     async def Flush(self, request: engine_pb2.FlushRequest, context: Context) -> engine_pb2.FlushResponse:

@@ -26,20 +26,20 @@ class _Watcher:
         self.wake = asyncio.Event()
         self.load = True
         self.snapshot = cache
-        self.stored: list[int] = []
-        self.removed: list[int] = []
+        # Whether a block came (True) or went: the last word on it counts.
+        self.changes: dict[int, bool] = {}
 
     def change(self, stored: Sequence[int], removed: Sequence[int]) -> None:
         if self.snapshot:
             return
-        self.stored += stored
-        self.removed += removed
-        if len(self.stored) + len(self.removed) > CHANGES:
+        self.changes.update(dict.fromkeys(stored, True))
+        self.changes.update(dict.fromkeys(removed, False))
+        if len(self.changes) > CHANGES:
             self.restart()
 
     def restart(self) -> None:
         self.snapshot = self.cache
-        self.stored, self.removed = [], []
+        self.changes = {}
 
 
 class Status:
@@ -78,9 +78,9 @@ class Status:
         watcher = _Watcher(cache)
         self._watchers.add(watcher)
         sequence = 1
-        if cache:
-            self._runtime.watch_cache()
         try:
+            if cache:
+                self._runtime.watch_cache()
             yield pb.EngineStatus(sequence=sequence, info=self.info)
             due = time.monotonic()
             while not self._closed:
@@ -109,9 +109,12 @@ class Status:
         if watcher.snapshot:
             watcher.snapshot = False
             news.append(pb.EngineStatus(cache=pb.CacheChange(snapshot=True, stored=self._blocks)))
-        elif watcher.stored or watcher.removed:
-            change = pb.CacheChange(stored=watcher.stored, removed=watcher.removed)
-            watcher.stored, watcher.removed = [], []
+        elif watcher.changes:
+            changes, watcher.changes = watcher.changes, {}
+            change = pb.CacheChange(
+                stored=[block for block, there in changes.items() if there],
+                removed=[block for block, there in changes.items() if not there],
+            )
             news.append(pb.EngineStatus(cache=change))
         return news
 

@@ -130,7 +130,7 @@ class EngineNode:
 
     async def settled(self) -> None:
         """Waits until nothing is held, sent or generated, then checks that no slot is lost."""
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(15):
             while self.book.count or self.book.quarantined or self.runtime.reservations or not self.runtime.idle:
                 await asyncio.sleep(0.005)
         self.runtime.check_all_free()
@@ -167,7 +167,7 @@ async def refused(call: Awaitable[Any]) -> tuple[grpc.StatusCode, str]:
     return caught.value.code(), caught.value.details() or ""
 
 
-async def until(predicate: Callable[[], bool], timeout: float = 5.0) -> None:
+async def until(predicate: Callable[[], bool], timeout: float = 15.0) -> None:
     """Waits for what no event tells of."""
     async with asyncio.timeout(timeout):
         while not predicate():

@@ -83,7 +83,7 @@ class Gate:
     def open(self) -> None:
         self._opened.set()
 
-    async def reached(self, timeout: float = 5.0) -> None:
+    async def reached(self, timeout: float = 15.0) -> None:
         """Waits until somebody waits here."""
         async with asyncio.timeout(timeout):
             await self._reached.wait()
@@ -705,7 +705,7 @@ def until_changed(runtime: FakeRuntime, predicate: Callable[[], bool]) -> Corout
 
         runtime.on_load = on_load
         try:
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(15):
                 while not predicate():
                     changed.clear()
                     await changed.wait()
