@@ -164,12 +164,15 @@ async def warm_up(runtime: Runtime) -> None:
         async with asyncio.timeout(WARM_S):
             for temperature in (0.0, 1.0):
                 sampling = SamplingParams(temperature=temperature, top_k=8, ignore_eos=True)
-                async for output in (outputs := runtime.generate(prompt, sampling, 4, None)):
-                    if output.ending is not None:
-                        if output.ending.reason == "failed":
-                            raise Unavailable(f"the warm-up failed: {output.ending.message}")
-                        break
-                outputs.close()
+                outputs = runtime.generate(prompt, sampling, 4, None)
+                try:
+                    async for output in outputs:
+                        if output.ending is not None:
+                            if output.ending.reason == "failed":
+                                raise Unavailable(f"the warm-up failed: {output.ending.message}")
+                            break
+                finally:
+                    outputs.close()
             await _flush(runtime)
     except TimeoutError:
         raise Unavailable(f"the model does not answer within {WARM_S:g} s") from None

@@ -522,12 +522,12 @@ class FakeRuntime(Runtime):
 
     def _ended(self, job: Job, outputs: Outputs) -> None:
         del self.generating[job.rid]
-        if self._stopped:
-            outputs.put(Output(ending=Ending("failed", message="the engine is stopping")))
-            return
         self._move(job.pages, job.rid, "free")
         self._lock(job.path, -1)
-        self._retry()
+        if self._stopped:
+            outputs.put(Output(ending=Ending("failed", message="the engine is stopping")))
+        else:
+            self._retry()
 
     async def _run(self, job: Job, seq: list[int], sampling: SamplingParams, max_new: int, outputs: Outputs) -> None:
         try:
