@@ -174,7 +174,8 @@ class Reservations:
         self._tell(m.MeshDone(rid=request.rid))
 
     def unblock(self) -> None:
-        """Memory came free behind SGLang's back: its flag that says it is all in use must not stay set."""
+        """Memory came free, or less is needed, behind SGLang's back: its flag that all is in use must not stay set."""
+        self._tried = -1
         self._scheduler.running_batch.batch_is_full = False
 
     def _refuse(self, request: m.MeshReserve, why: str) -> None:
