@@ -74,7 +74,7 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def connect(self, peer: KvPool) -> Connection:
-        """Opens the way into `peer`. Raises CannotConnect when it is not there, InvalidArgument when it does not fit."""
+        """Opens the way into `peer`. Raises CannotConnect, InvalidArgument when its form does not fit."""
 
     def accept(self, meeting: Meeting, slots: Slots, seconds: float, done: Callable[[str], None]) -> Reception:
         """Two-sided: begins to take what a peer writes at `meeting` into our rows `slots`, for at most `seconds`.

@@ -1,19 +1,17 @@
 """Two-sided transports: the sender gathers rows into frames and sends them, the receiver scatters them into its pool.
 
-Each write has a link of its own while it lasts, so that a stuck or dead peer fails that write alone. A link that ended a
-write well is kept for the next one between the same two. The receiver names links; names are unique for all time, as
-they begin with a number drawn at its start. Both sides meet in a store that the receiver's process serves.
+Each write has a link of its own while it lasts, so that a stuck or dead peer fails that write alone. A link that ended
+a write well is kept for the next one between the same two. The receiver names links; names are unique for all time, as
+they begin with a number drawn at its start.
 
 A frame is on its way in one buffer while the next is gathered into, or the one before is scattered from, the other.
 """
 
 from __future__ import annotations
 
-import datetime
 import logging
 import os
 import secrets
-import socket
 import threading
 import time
 from collections.abc import Callable
@@ -23,15 +21,14 @@ from typing import TYPE_CHECKING
 from kvmesh.dataplane.base import CannotConnect, Connection, Pool, Reception, Transport
 from kvmesh.dataplane.layout import Layout, refusal
 from kvmesh.dataplane.link import RECEIVER, SENDER, IdleLinks, Link, Links
+from kvmesh.dataplane.meet import MeetingPoint, call, pair_store
 from kvmesh.dataplane.slots import Slots
 from kvmesh.dataplane.staging import Frame, FramePool, frame_rows
 from kvmesh.errors import Internal, InvalidArgument, Unavailable
-from kvmesh.grpcx import join_address, split_address
 from kvmesh.v1.kv_pb2 import KvPool, Meeting
 
 if TYPE_CHECKING:
     import torch
-    from torch.distributed import Store, TCPStore
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +40,6 @@ JOIN_S = 10.0
 STALL_S = 15.0
 # Pairs of frames for each direction: what more writes at once wait for.
 PAIRS = 8
-HELLO, GONE = b"hello", b"gone"
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +68,7 @@ class PairTransport(Transport):
         self._links = links
         self._patience = patience or Patience()
         self.id = secrets.token_hex(16)
-        self._store, self._address = _serve_store(host)
+        self._point = MeetingPoint(host)
         # Links that we were the receiver of, and the sender.
         self._inbound, self._outbound = IdleLinks(), IdleLinks()
         rows = frame_rows(pool.layout)
@@ -81,7 +77,7 @@ class PairTransport(Transport):
 
     def describe(self) -> KvPool:
         """Form, and where the store is; the pair is each write's."""
-        meeting = Meeting(store=self._address, pair=self.id)
+        meeting = Meeting(address=self._point.address, pair=self.id)
         return KvPool(rows=self._pool.rows, layout=self._pool.layout.message(), meeting=meeting)
 
     def connect(self, peer: KvPool) -> PairConnection:
@@ -98,16 +94,12 @@ class PairTransport(Transport):
 
     def _join(self, meeting: Meeting) -> Link:
         """Raises CannotConnect."""
-        from torch.distributed import PrefixStore
-
         seconds = self._patience.join
         try:
-            store = _client(meeting.store, seconds)
-            named = PrefixStore(meeting.pair, store)
-            named.set("hello", HELLO)
-            return self._links.join(named, SENDER, seconds)
+            with call(meeting.address, meeting.pair, seconds) as where:
+                return self._links.join(pair_store(where, seconds), SENDER, seconds)
         except Exception as error:
-            raise CannotConnect(f"{self.name} to {meeting.store}: {_first_line(error)}") from error
+            raise CannotConnect(f"{self.name} to {meeting.address}: {_first_line(error)}") from error
 
     def accept(self, meeting: Meeting, slots: Slots, seconds: float, done: Callable[[str], None]) -> PairReception:
         """The receiver's end of one write, in a thread of its own."""
@@ -116,32 +108,18 @@ class PairTransport(Transport):
         return reception
 
     def close(self) -> None:
-        """Ends all links that no write uses."""
+        """Ends all links that no write uses; nobody connects any more."""
+        self._point.close()
         self._inbound.close()
         self._outbound.close()
 
     # For receptions
 
-    def meet(self, pair: str, deadline: float) -> Link:
+    def meet(self, pair: str, deadline: float, cancelled: Callable[[], bool]) -> Link:
         """Waits for the sender, then connects. Raises Unavailable and others."""
-        from torch.distributed import PrefixStore
-
-        left = max(0.01, deadline - time.monotonic())
-        # A client for each: they hold a lock while they wait.
-        named = PrefixStore(pair, _client(self._address, left))
-        word = bytes(named.get("hello"))
-        if word != HELLO:
-            raise Unavailable("it was cancelled")
-        link = self._links.join(named, RECEIVER, min(self._patience.join, left))
-        for key in ("hello", "0/0", "0/1"):
-            named.delete_key(key)
-        return link
-
-    def unmeet(self, pair: str) -> None:
-        """Wakes whoever waits in `meet`."""
-        from torch.distributed import PrefixStore
-
-        PrefixStore(pair, self._store).set("hello", GONE)
+        with self._point.meet(pair, deadline, cancelled) as where:
+            seconds = min(self._patience.join, max(0.01, deadline - time.monotonic()))
+            return self._links.join(pair_store(where, seconds), RECEIVER, seconds)
 
 
 class PairConnection(Connection):
@@ -226,8 +204,8 @@ class PairReception(Reception):
             link = self._link
         if link is not None:
             link.abort()
-        elif self._meeting.fresh:
-            self._transport.unmeet(self._meeting.pair)
+        else:
+            self._transport._point.wake()
 
     def run(self) -> None:
         """The thread."""
@@ -249,7 +227,7 @@ class PairReception(Reception):
         if link is None:
             if not self._meeting.fresh:
                 raise Unavailable("the connection of an earlier write is not there any more")
-            link = t.meet(pair, self._deadline)
+            link = t.meet(pair, self._deadline, lambda: self._cancelled)
         with self._lock:
             cancelled, self._link = self._cancelled, link
         try:
@@ -309,39 +287,6 @@ class PairReception(Reception):
             if self._cancelled:
                 raise Unavailable("it was cancelled")
             frame.scatter(self._transport._pool, self._slots[at : at + rows])
-
-
-def _serve_store(host: str) -> tuple[TCPStore, str]:
-    """(store, HOST:PORT), bound to that address only. Raises CannotConnect."""
-    from torch.distributed import TCPStore
-
-    try:
-        family, _, _, _, where = socket.getaddrinfo(host, 0, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
-        with socket.socket(family, socket.SOCK_STREAM) as listening:
-            listening.bind((where[0], 0))
-            listening.listen(256)
-            port = listening.getsockname()[1]
-            store = TCPStore(
-                host,
-                port,
-                is_master=True,
-                wait_for_workers=False,
-                timeout=datetime.timedelta(seconds=JOIN_S),
-                # The store's from now on.
-                master_listen_fd=listening.detach(),
-            )
-    except (OSError, RuntimeError) as error:
-        raise CannotConnect(f"no data port can be opened on {host!r}: {_first_line(error)}") from error
-    return store, join_address(host, port)
-
-
-def _client(address: str, seconds: float) -> Store:
-    """A connection to the store at `address`; all its calls end within `seconds`."""
-    from torch.distributed import TCPStore
-
-    host, port = split_address(address)
-    timeout = datetime.timedelta(seconds=seconds)
-    return TCPStore(host, port, is_master=False, wait_for_workers=False, timeout=timeout)
 
 
 def _first_line(error: BaseException) -> str:

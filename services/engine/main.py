@@ -20,7 +20,7 @@ from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
-from kvmesh.grpcx import Server, announce
+from kvmesh.grpcx import Server, announce, split_address
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
 from kvmesh.telemetry import Telemetry
@@ -70,8 +70,9 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     stack.push_async_callback(tokenizers.close)
     book = TicketBook(endpoint, runtime.layout.fingerprint, runtime.free)
     stack.push_async_callback(book.close)
-    receiver = Receiver(runtime, book, host_id())
-    sender = Sender(endpoint, runtime, host_id())
+    receiver = Receiver(runtime, book, host_id(), config.checksum)
+    stack.push_async_callback(receiver.close)
+    sender = Sender(endpoint, runtime, host_id(), config.checksum)
     stack.push_async_callback(sender.close)
     info = describe(config, endpoint, runtime, folder)
     status = Status(info, runtime, book)
@@ -96,6 +97,13 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     return runtime
 
 
+def data_host(config: EngineConfig) -> str:
+    """The address for KV from other hosts."""
+    host = config.data_host or split_address(config.advertise or config.listen)[0]
+    # Peers cannot connect to a wildcard.
+    return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+
+
 def _dtype(config: EngineConfig, folder: Path) -> str:
     """For `auto`, what the model's configuration says: SGLang alone makes float16 of float32."""
     content = json.loads((folder / "config.json").read_text())
@@ -108,6 +116,7 @@ def _runtime(config: EngineConfig, folder: Path, digest: str, run_dir: Path, inc
 
     from services.engine.sglang.frontend import SglangOptions
     from services.engine.sglang.runtime import SglangRuntime
+    from services.engine.sglang.transports import data_settings
 
     cpu = not torch.cuda.is_available()
     options = SglangOptions(
@@ -117,6 +126,7 @@ def _runtime(config: EngineConfig, folder: Path, digest: str, run_dir: Path, inc
         page_size=config.page_size,
         chunk_tokens=config.chunk_tokens or (CPU_CHUNK_TOKENS if cpu else 0),
         max_running=config.max_running,
+        data=data_settings(config.transport, data_host(config)),
         extra=dict(config.parsed_sglang()),
     )
     return SglangRuntime(options, digest, run_dir, incarnation)

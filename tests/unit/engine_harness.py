@@ -18,15 +18,15 @@ from fake_runtime import CONTEXT, EOS, VOCAB, FakeRuntime, Writes
 
 from kvmesh.blocks import BLOCK_TOKENS
 from kvmesh.config import TraceConfig
+from kvmesh.endpoint.receiver import Receiver
+from kvmesh.endpoint.sender import Sender
+from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.grpcx import Server, channel
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1 import common_pb2, engine_pb2, engine_pb2_grpc, kv_pb2, kv_pb2_grpc
-from kvmesh.endpoint.receiver import Receiver
-from kvmesh.endpoint.sender import Sender
 from services.engine.service import NAMES, EngineService
 from services.engine.status import Status
-from kvmesh.endpoint.tickets import TicketBook
 
 CODES = grpc.StatusCode
 HOST = "this-host"

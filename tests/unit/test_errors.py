@@ -17,7 +17,7 @@ def failed(code: grpc.StatusCode, details: str | None) -> grpc.aio.AioRpcError:
 
 def test_every_kind_has_a_status_of_its_own():
     codes = {kind("x").code for kind in KINDS}
-    assert len(codes) == len(KINDS) == 14
+    assert len(codes) == len(KINDS) == 15
     assert InvalidArgument("x").code is grpc.StatusCode.INVALID_ARGUMENT
     assert MeshError("x").code is grpc.StatusCode.UNKNOWN
 

@@ -1,0 +1,66 @@
+"""The transports of one scheduler process: those that its pool can have, and the settings allow."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from typing import Any
+
+from kvmesh.dataplane.base import CannotConnect, Pool, Transport
+from kvmesh.dataplane.choice import ALL, wanted
+from kvmesh.errors import InvalidArgument
+from services.engine.sglang.plugin import DATA_VARIABLE
+from services.engine.sglang.pool import ShmKvPool, layout_of
+
+log = logging.getLogger(__name__)
+
+
+def data_settings(transport: str, host: str) -> str:
+    """For DATA_VARIABLE."""
+    return json.dumps({"transport": transport, "host": host})
+
+
+def kv_pool(pool: Any) -> Pool:
+    """SGLang's pool as transports see it."""
+    return (
+        pool.shared if isinstance(pool, ShmKvPool) else Pool(layout_of(pool), list(pool.k_buffer), list(pool.v_buffer))
+    )
+
+
+def make(pool: Any) -> tuple[Pool, dict[str, Transport]]:
+    """(pool, transports, best first). One that fails is left out with a warning, unless the settings ask for it.
+
+    Raises CannotConnect, InvalidArgument.
+    """
+    settings = json.loads(os.environ.get(DATA_VARIABLE, "") or data_settings("auto", "127.0.0.1"))
+    names = wanted(settings["transport"])
+    ours = kv_pool(pool)
+    makers = _makers(pool, ours, settings["host"])
+    transports: dict[str, Transport] = {}
+    for name in names:
+        if name not in makers:
+            if names is not ALL:
+                raise InvalidArgument(f"transport = {settings['transport']!r}: {name} cannot reach a pool like ours")
+            continue
+        try:
+            transports[name] = makers[name]()
+        except CannotConnect as error:
+            if names is not ALL:
+                raise
+            log.warning("no transport %s: %s", name, error)
+    return ours, transports
+
+
+def _makers(pool: Any, ours: Pool, host: str) -> dict[str, Callable[[], Transport]]:
+    from kvmesh.dataplane.gloo import GlooLinks
+    from kvmesh.dataplane.pair import PairTransport
+    from kvmesh.dataplane.shm import ShmTransport
+
+    if isinstance(pool, ShmKvPool):
+        return {
+            "shm": lambda: ShmTransport(pool.memory, ours),
+            "gloo": lambda: PairTransport(ours, GlooLinks(host), host),
+        }
+    return {}
