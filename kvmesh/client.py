@@ -217,6 +217,9 @@ class Client:
         strategy_params: Mapping[str, object] | None = None,
         request_id: str = "",
         model: str = "",
+        session: str = "",
+        tenant: str = "",
+        priority: str = "",
         timeout: float | None = None,
         **sampling: Any,
     ) -> Answer:
@@ -225,6 +228,7 @@ class Client:
         Raises InvalidArgument for a field that cannot be sent; what the router finds wrong comes while iterating.
         """
         request = _request(prompt, strategy, strategy_params, request_id, model, sampling)
+        _on_account(request, session, tenant, priority)
         return Answer(self._stub.Generate(request, timeout=timeout), self._translate)
 
     def strategies(self) -> list[pb.StrategyInfo]:
@@ -235,9 +239,31 @@ class Client:
         """The strategy in force."""
         return self._call("GetStrategy", pb.GetStrategyRequest()).strategy  # type: ignore[no-any-return]
 
-    def set_strategy(self, name: str, params: Mapping[str, object] | None = None) -> pb.StrategyChoice:
-        """Puts a strategy in force for requests to come. Raises NotFound, InvalidArgument."""
-        return self._call("SetStrategy", _choice(name, params)).strategy  # type: ignore[no-any-return]
+    def strategies_in_force(self) -> pb.GetStrategyResponse:
+        """The strategy in force, the one on trial, and those before."""
+        return self._call("GetStrategy", pb.GetStrategyRequest())  # type: ignore[no-any-return]
+
+    def set_strategy(
+        self,
+        name: str,
+        params: Mapping[str, object] | None = None,
+        *,
+        share_percent: float = 0,
+        max_error_rate: float = 0,
+        max_ttft_seconds: float = 0,
+        min_requests: int = 0,
+    ) -> pb.StrategyChoice:
+        """Puts a strategy in force for requests to come, or on trial for a share of the sessions.
+
+        The bounds, where they are not 0, make it be taken back when it passes them, judged from `min_requests` requests
+        on (0: 20). Raises NotFound, InvalidArgument.
+        """
+        request = _choice(name, params, share_percent, max_error_rate, max_ttft_seconds, min_requests)
+        return self._call("SetStrategy", request).strategy  # type: ignore[no-any-return]
+
+    def rollback_strategy(self) -> pb.StrategyChoice:
+        """Ends the trial, else puts the choice before in force again. Raises FailedPrecondition."""
+        return self._call("SetStrategy", pb.SetStrategyRequest(rollback=True)).strategy  # type: ignore[no-any-return]
 
     def mesh(self) -> pb.GetMeshResponse:
         """The mesh as the router sees it now."""
@@ -282,6 +308,9 @@ class AsyncClient:
         strategy_params: Mapping[str, object] | None = None,
         request_id: str = "",
         model: str = "",
+        session: str = "",
+        tenant: str = "",
+        priority: str = "",
         timeout: float | None = None,
         **sampling: Any,
     ) -> AsyncAnswer:
@@ -290,6 +319,7 @@ class AsyncClient:
         Raises InvalidArgument for a field that cannot be sent; what the router finds wrong comes while iterating.
         """
         request = _request(prompt, strategy, strategy_params, request_id, model, sampling)
+        _on_account(request, session, tenant, priority)
         return AsyncAnswer(self._stub.Generate(request, timeout=timeout), self._translate)
 
     async def strategies(self) -> list[pb.StrategyInfo]:
@@ -300,9 +330,31 @@ class AsyncClient:
         """The strategy in force."""
         return (await self._call("GetStrategy", pb.GetStrategyRequest())).strategy  # type: ignore[no-any-return]
 
-    async def set_strategy(self, name: str, params: Mapping[str, object] | None = None) -> pb.StrategyChoice:
-        """Puts a strategy in force for requests to come. Raises NotFound, InvalidArgument."""
-        return (await self._call("SetStrategy", _choice(name, params))).strategy  # type: ignore[no-any-return]
+    async def strategies_in_force(self) -> pb.GetStrategyResponse:
+        """The strategy in force, the one on trial, and those before."""
+        return await self._call("GetStrategy", pb.GetStrategyRequest())  # type: ignore[no-any-return]
+
+    async def set_strategy(
+        self,
+        name: str,
+        params: Mapping[str, object] | None = None,
+        *,
+        share_percent: float = 0,
+        max_error_rate: float = 0,
+        max_ttft_seconds: float = 0,
+        min_requests: int = 0,
+    ) -> pb.StrategyChoice:
+        """Puts a strategy in force for requests to come, or on trial for a share of the sessions.
+
+        The bounds, where they are not 0, make it be taken back when it passes them, judged from `min_requests` requests
+        on (0: 20). Raises NotFound, InvalidArgument.
+        """
+        request = _choice(name, params, share_percent, max_error_rate, max_ttft_seconds, min_requests)
+        return (await self._call("SetStrategy", request)).strategy  # type: ignore[no-any-return]
+
+    async def rollback_strategy(self) -> pb.StrategyChoice:
+        """Ends the trial, else puts the choice before in force again. Raises FailedPrecondition."""
+        return (await self._call("SetStrategy", pb.SetStrategyRequest(rollback=True))).strategy  # type: ignore[no-any-return]
 
     async def mesh(self) -> pb.GetMeshResponse:
         """The mesh as the router sees it now."""
@@ -341,6 +393,15 @@ def _request(
     return request
 
 
+def _on_account(request: pb.GenerateRequest, session: str, tenant: str, priority: str) -> None:
+    request.session, request.tenant = session, tenant
+    if priority:
+        try:
+            request.priority = pb.Priority.Value(f"PRIORITY_{priority.upper()}")
+        except ValueError:
+            raise InvalidArgument(f"priority = {priority!r} is not low, normal or high") from None
+
+
 def _sampling(fields: Mapping[str, Any]) -> SamplingParams:
     params = SamplingParams()
     for name, value in fields.items():
@@ -359,8 +420,23 @@ def _sampling_fields() -> list[str]:
     return sorted(SamplingParams.DESCRIPTOR.fields_by_name)
 
 
-def _choice(name: str, params: Mapping[str, object] | None) -> pb.SetStrategyRequest:
-    return pb.SetStrategyRequest(name=name, params=_texts(params))
+def _choice(
+    name: str,
+    params: Mapping[str, object] | None,
+    share_percent: float,
+    max_error_rate: float,
+    max_ttft_seconds: float,
+    min_requests: int,
+) -> pb.SetStrategyRequest:
+    try:
+        request = pb.SetStrategyRequest(name=name, params=_texts(params), share_percent=share_percent)
+        if max_error_rate or max_ttft_seconds or min_requests:
+            request.guard.max_error_rate = max_error_rate
+            request.guard.max_ttft_seconds = max_ttft_seconds
+            request.guard.min_requests = min_requests
+    except (TypeError, ValueError) as error:
+        raise InvalidArgument(f"the change cannot be sent: {error}") from None
+    return request
 
 
 def _texts(params: Mapping[str, object] | None) -> dict[str, str]:

@@ -69,11 +69,14 @@ class ServiceConfig(TraceConfig):
 
     listen: str = setting("127.0.0.1:0", "HOST:PORT to serve on; port 0 takes a free one.")
     announce: str = setting("", "File to write the address to, once it is bound.")
+    metrics: str = setting("", "HOST:PORT of a page with Prometheus metrics; port 0 takes a free one. [default: none]")
     log_level: str = setting("info", "debug, info, warning or error.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         split_address(self.listen)
+        if self.metrics:
+            split_address(self.metrics)
         if self.log_level not in LEVELS:
             raise InvalidArgument(f"log_level = {self.log_level!r} is not {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
 

@@ -20,17 +20,19 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, overload
+from typing import Annotated, Any, overload
 
 from kvmesh.errors import (
     Aborted,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,
+    InvalidArgument,
     NotFound,
     ResourceExhausted,
     Unavailable,
 )
+from kvmesh.pace import Pace
 from kvmesh.params import Choices, Param, Range, Value, bind, declared
 from kvmesh.v1.common_pb2 import SamplingParams, Ticket
 from kvmesh.v1.engine_pb2 import GenerateFinished
@@ -41,11 +43,16 @@ __all__ = [
     "Chunk",
     "Chunks",
     "Engine",
+    "Generating",
     "Load",
     "Mesh",
+    "Pace",
     "Param",
+    "Placement",
+    "Policy",
     "Range",
     "Request",
+    "SamplingParams",
     "Strategy",
     "TicketHandle",
     "strategy",
@@ -63,6 +70,10 @@ ENGINE_FAILURES = (
 )
 # What a running request weighs against prompt tokens that wait to be prefilled.
 REQUEST_TOKENS = 256
+# The placement policies, one file each in services/router/policies.
+POLICIES = ("least_load", "round_robin", "power_of_two", "session_sticky", "prefix_affinity", "kv_aware")
+# Of a parameter that names one: `policy: Placement = "least_load"`.
+Placement = Annotated[str, Choices(*POLICIES)]
 _NAME = re.compile(r"[a-z][a-z0-9_-]{0,62}")
 
 
@@ -77,6 +88,9 @@ class Request:
     # By time.monotonic().
     deadline: float
     attempt: int = 1
+    # The conversation that it belongs to, and on whose account; empty when the caller has not said.
+    session: str = ""
+    tenant: str = ""
 
     def remaining(self) -> float:
         """Seconds until the deadline; negative after it."""
@@ -94,6 +108,14 @@ class Chunk:
 
 
 Chunks = AsyncIterator[Chunk]
+
+
+class Generating(AsyncIterator[Chunk], ABC):
+    """A generation that runs: iterate for its chunks."""
+
+    @abstractmethod
+    def cancel(self) -> None:
+        """Ends it; the engine frees what it held. Left over at the end, it is ended anyway."""
 
 
 @dataclass(slots=True)
@@ -140,11 +162,27 @@ class Engine(ABC):
 
     name: str
     labels: Mapping[str, str]
+    # Another after every restart of the engine, which then holds nothing of what it held.
+    incarnation: str = ""
+    # KV slots in all, in tokens.
+    total_slots: int = 0
 
     @property
     @abstractmethod
     def load(self) -> Load:
         """The load as this router knows it now."""
+
+    @property
+    def pace(self) -> Pace:
+        """How fast it works, fitted to what this router measured."""
+        return Pace()
+
+    def cached(self, token_ids: Sequence[int]) -> int:
+        """How many of the first tokens have their KV in its prefix cache, in whole blocks, by what it last told.
+
+        Asking makes the router listen to its cache: 0 until it has told.
+        """
+        return 0
 
     @abstractmethod
     async def prep_recv(self, token_ids: Sequence[int], end: int, *, wait: float = 10.0) -> TicketHandle:
@@ -168,7 +206,7 @@ class Engine(ABC):
     @abstractmethod
     def start_generate(
         self, token_ids: Sequence[int], ticket: TicketHandle | None = None, sampling: SamplingParams | None = None
-    ) -> Chunks:
+    ) -> Generating:
         """Prefills what the ticket (else the cache) does not hold, then decodes. The call starts at once.
 
         A ticket that the engine refuses (expired, still written into) is released, and the engine does it all.
@@ -184,11 +222,20 @@ def _natural(engine: Engine) -> list[tuple[int, int | str]]:
     return [(0, int(p)) if p.isdigit() else (1, p) for p in parts if p]
 
 
+class Policy(ABC):
+    """Chooses engines. One object serves a router for ever, so that it may remember; what it keeps is bounded."""
+
+    @abstractmethod
+    def pick(self, request: Request, engines: Sequence[Engine]) -> Engine:
+        """One of `engines`, of which there is at least one."""
+
+
 @dataclass(slots=True)
 class Mesh:
     """The live, healthy engines of the request's model, by name (engine-2 before engine-10). Never empty."""
 
     engines: list[Engine] = field(default_factory=list)
+    policies: Mapping[str, Policy] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.engines = sorted(self.engines, key=_natural)
@@ -209,6 +256,19 @@ class Mesh:
         rest = [e for e in self.engines if e not in first]
         return first or rest, rest or first
 
+    def labelled(self, **labels: str) -> list[Engine]:
+        """The engines that have all these labels; may be none."""
+        return [e for e in self.engines if all(e.labels.get(k) == v for k, v in labels.items())]
+
+    def pick(self, request: Request, policy: str, engines: Sequence[Engine] | None = None) -> Engine:
+        """The engine that the placement policy of that name (POLICIES) chooses; of all if `engines` is None.
+
+        Raises InvalidArgument for an unknown policy.
+        """
+        if policy not in self.policies:
+            raise InvalidArgument(f"policy = {policy!r} is not one of {', '.join(self.policies) or 'none'}")
+        return self.policies[policy].pick(request, self.engines if engines is None else engines)
+
     def least_loaded(self, engines: Sequence[Engine] | None = None) -> Engine:
         """The engine with the least work, the first by name among equals; of all if `engines` is None."""
         return min(self.engines if engines is None else engines, key=lambda e: e.load.work)
@@ -223,6 +283,7 @@ class Strategy:
         if not _NAME.fullmatch(name):
             raise TypeError(f"strategy name {name!r} is not {_NAME.pattern}")
         self.name = name
+        self.module = function.__module__
         self.summary = (inspect.getdoc(function) or "").partition("\n")[0]
         self.params: dict[str, Param] = declared(function, positional=2)
         self._function = function

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,13 +13,14 @@ from typing import Any
 
 from kvmesh.aio import Tasks
 from kvmesh.detokenize import Detokenizer
-from kvmesh.errors import Unavailable
+from kvmesh.errors import InvalidArgument, Unavailable
 
 log = logging.getLogger(__name__)
 
 # A longer text is tokenised in a thread; the event loop would feel it.
 INLINE_CHARS = 2000
 LOAD_S = 60.0
+_IMPORTING = threading.Lock()
 # How long a failure to load is believed.
 RETRY_S = 30.0
 
@@ -27,6 +30,8 @@ class Tokenizer:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
+        self._chat_tokenizer: Any = None
+        self._chat_lock = threading.Lock()
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = frozenset(tokenizer.all_special_ids) | {i for i, t in added.items() if t.special}
         self._fast: Any = tokenizer.backend_tokenizer if getattr(tokenizer, "is_fast", False) else None
@@ -45,6 +50,27 @@ class Tokenizer:
         if self._fast is not None:
             return list(self._fast.encode(text).ids)
         return list(self._tokenizer.encode(text))
+
+    async def chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        """Token ids of a conversation, by the model's chat template, up to where its answer begins.
+
+        Raises InvalidArgument when there is no template, or it does not take the messages.
+        """
+        if not getattr(self._tokenizer, "chat_template", None):
+            raise InvalidArgument("messages: the model has no chat template; use completions")
+        try:
+            return await asyncio.to_thread(self._chat, messages)
+        except Exception as error:
+            raise InvalidArgument(f"messages: the model's chat template does not take them: {error}") from None
+
+    def _chat(self, messages: list[dict[str, Any]]) -> list[int]:
+        with self._chat_lock:
+            if self._chat_tokenizer is None:
+                # One of its own: reading special tokens, which the template writes, is a state of the tokenizer.
+                self._chat_tokenizer = copy.deepcopy(self._tokenizer)
+            chat = self._chat_tokenizer
+            text = chat.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return list(chat.encode(str(text), add_special_tokens=False, split_special_tokens=False))
 
     def decode(self, token_ids: Sequence[int]) -> str:
         """Text of ids that are not special."""
@@ -105,11 +131,13 @@ class Tokenizers:
 
 
 def _library() -> Any:
-    try:
-        from transformers import AutoTokenizer
-    except ImportError:
-        log.info("transformers is not installed: token prompts only")
-        return None
+    # Its lazy modules do not stand being imported by two threads at once.
+    with _IMPORTING:
+        try:
+            from transformers import AutoTokenizer
+        except ModuleNotFoundError:
+            log.info("transformers is not installed: token prompts only")
+            return None
     return AutoTokenizer
 
 

@@ -67,11 +67,17 @@ def calls(service: str) -> str:
     ]
     rows = ["| call | what it does, and with which status it refuses |", "|---|---|"]
     for comment, name, asking, answering in RPC.findall(body):
+        what: list[str] = []
+        refused: list[str] = []
+        for line in comment.splitlines():
+            if status := STATUS.fullmatch(line):
+                refused.append(f"`{status[1]}`: {status[2]}")
+            elif refused:
+                refused[-1] += f" {line.removeprefix('  //').strip()}"
+            else:
+                what.append(line.removeprefix("  //").strip())
         streams = " (stream)" if asking or answering else ""
-        lines = comment.splitlines()
-        what = " ".join(line.removeprefix("  //").strip() for line in lines if not line.startswith("  //   "))
-        refused = [f"`{s[1]}`: {s[2]}" for line in lines if (s := STATUS.fullmatch(line))]
-        rows.append(f"| `{name}`{streams} | {'<br>'.join([what, *refused])} |")
+        rows.append(f"| `{name}`{streams} | {'<br>'.join([' '.join(what), *refused])} |")
     return "\n".join(rows) + "\n"
 
 

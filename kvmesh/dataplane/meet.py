@@ -68,11 +68,11 @@ class MeetingPoint:
             self._changed.notify_all()
 
     def _accept(self) -> None:
-        while not self._closed:
+        while True:
             try:
                 caller, _ = self._socket.accept()
             except OSError:
-                if self._closed:
+                if self._socket.fileno() < 0:
                     return
                 # Out of descriptors, say.
                 time.sleep(0.1)
@@ -109,7 +109,7 @@ class MeetingPoint:
                 caller.close()
             self._callers.clear()
         with suppress(OSError):
-            # Wakes the thread.
+            # Wakes the thread; closing alone does not.
             self._socket.shutdown(socket.SHUT_RDWR)
         self._socket.close()
 
@@ -154,7 +154,7 @@ def pair_store(where: socket.socket, seconds: float) -> Store:
     """The store of one pair: what one side sets, the other gets. The socket stays its owner's."""
     from torch.distributed import Store
 
-    class PairStore(Store):
+    class PairStore(Store):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self._values: dict[str, bytes] = {}

@@ -146,7 +146,7 @@ class ShmConnection(Connection):
                 for at, to, count in runs:
                     theirs[to : to + count].copy_(ours[at : at + count])
         else:
-            rows, into = torch.from_numpy(source), torch.from_numpy(target)
+            rows, into = torch.tensor(source), torch.tensor(target)
             for theirs, ours in self._pairs:
                 theirs.index_copy_(0, into, ours.index_select(0, rows))
         return len(source) * self._ours.layout.bytes_per_token

@@ -83,6 +83,8 @@ class Receiver:
             raise FailedPrecondition(f"the sender's KV has another layout: {difference}")
         same_host = begin.location.host_id == self._host_id
         transport = choose(begin.transports, self._holder.pools, same_host)
+        if begin.end % (page := self._holder.layout.page_size):
+            raise InvalidArgument(f"end = {begin.end} is no multiple of the page size {page}")
         key = (begin.sender.incarnation, begin.write_id)
         writer = Writer(key, begin.sender.name, self._processes(begin.location))
         self._book.begin_write(ticket, begin.begin, begin.end, writer)
@@ -101,14 +103,15 @@ class Receiver:
                 await self._holder.verify(way.slots, [(s.tokens, tuple(s.ranks)) for s in word.done.sums])
             elif self._checksum and begin.end > begin.begin:
                 raise DataLoss("the sender gave no checksums, and they are required here")
-            await self._holder.publish(ticket.reservation, begin.end)
+            await self._publish(ticket, begin.end)
             filled = begin.end
-            await context.write(pb.WriteResponse(committed=pb.WriteCommitted(filled=filled)))
         finally:
             self._book.end_write(ticket, filled, in_doubt)
             if in_doubt and way.arrival is not None:
                 # What comes in comes in by ourselves: no need to wait for the sender.
                 self._tasks.start(self._stop(way.arrival, key), f"end the write of {begin.sender.name}")
+        # Last: who hears of it may use the ticket at once.
+        await context.write(pb.WriteResponse(committed=pb.WriteCommitted(filled=filled)))
 
     async def _stop(self, arrival: Arrival, key: tuple[str, int]) -> None:
         await _end(arrival.task)
@@ -118,6 +121,14 @@ class Receiver:
         """Ends what is under way."""
         await self._tasks.drain(1.0)
         await self._tasks.close()
+
+    async def _publish(self, ticket: Ticket, upto: int) -> None:
+        try:
+            await self._holder.publish(ticket.reservation, upto)
+        except BaseException:
+            # Whether others use these slots by now is not known: nobody may write into them again.
+            ticket.revoked.set()
+            raise
 
     def stopped(self, sender_incarnation: str, write_id: int) -> None:
         """The writer of a broken write has stopped."""
@@ -129,14 +140,13 @@ class Receiver:
                 request = await anext(requests, None)
         except TimeoutError:
             raise DeadlineExceeded(f"the writer did not say {event} within {WORD_S:g} s") from None
-        if request is None or request.WhichOneof("event") != event:
-            raise InvalidArgument(f"the next message of a write must be {event}")
-        return request
+        return _check(request, event)
 
     async def _next(self, requests: AsyncIterator[pb.WriteRequest], way: _Way) -> pb.WriteRequest:
         """Waits for `done` or `another`.
 
-        Raises Aborted when the ticket is taken back, Unavailable when the writer breaks off, or our part of it fails.
+        Raises Aborted when the ticket is taken back, InvalidArgument for another message, Unavailable when our part of
+        it fails.
         """
         ticket = way.ticket
         word = asyncio.ensure_future(anext(requests, None))
@@ -162,9 +172,7 @@ class Receiver:
             word.cancel()
             taken.cancel()
             await asyncio.gather(word, taken, return_exceptions=True)
-        if request is None or request.WhichOneof("event") not in ("done", "another"):
-            raise Unavailable("the writer broke off")
-        return request
+        return _check(request, "done", "another")
 
     async def _another(self, way: _Way, word: pb.WriteAnother) -> pb.WriteGrant:
         """Another way for a writer that cannot use the one that it was granted."""
@@ -230,3 +238,10 @@ async def _end(task: asyncio.Task[None]) -> None:
 
 def _failed(task: asyncio.Task[None]) -> bool:
     return task.cancelled() or task.exception() is not None
+
+
+def _check(request: pb.WriteRequest | None, *events: str) -> pb.WriteRequest:
+    """Raises InvalidArgument unless `request` is one of `events`; None: the writer says no more."""
+    if request is None or request.WhichOneof("event") not in events:
+        raise InvalidArgument(f"the next message of a write must be {events[0]}")
+    return request

@@ -6,7 +6,7 @@ import asyncio
 import itertools
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,7 @@ from kvmesh.dataplane.slots import Slots, from_runs
 from kvmesh.endpoint.base import KvHolder, SendReport
 from kvmesh.errors import Aborted, Internal, MeshError, Unavailable, from_rpc
 from kvmesh.grpcx import channel
+from kvmesh.process import ProcessRef
 from kvmesh.v1 import kv_pb2 as pb
 from kvmesh.v1.common_pb2 import Endpoint, Ticket
 from kvmesh.v1.kv_pb2_grpc import KvPeerStub
@@ -29,8 +30,12 @@ log = logging.getLogger(__name__)
 WORD_S = 15.0
 STOPPED_S = 2.0
 STOPPED_TRIES = 10
+# Between tries, the first and the longest.
+BACKOFF_S = (0.1, 2.0)
 # Channels to peers that are kept open while nothing runs on them.
 IDLE_PEERS = 32
+# How often it is looked whether receivers live whose pools are kept open.
+LOOK_S = 2.0
 # For so long a transport that could not be set up is the last that is offered to the same peer.
 AVOID_S = 60.0
 
@@ -47,40 +52,73 @@ class Sent:
 class _Peer:
     """A channel to one life of one receiver."""
 
-    def __init__(self, endpoint: Endpoint) -> None:
+    def __init__(self, endpoint: Endpoint, connect: Callable[[str], grpc.aio.Channel]) -> None:
         self.endpoint = endpoint
-        self.channel = channel(endpoint.address)
+        self.channel = connect(endpoint.address)
         self.stub = KvPeerStub(self.channel)
         # Without an iterator of requests: they are written one by one.
         self.write: Any = self.stub.Write
         self.users = 0
         self.pools: list[pb.KvPool] = []
+        # Those that have the pools.
+        self.processes: list[ProcessRef] = []
         # Transports that cannot be used, until when.
         self.avoid: dict[str, float] = {}
 
+    def granted(self, pools: Sequence[pb.KvPool]) -> None:
+        """Keeps in mind where the receiver's pools are."""
+        # The others are nothing that could be held on to.
+        self.pools = [p for p in pools if p.HasField("process")]
+        self.processes = [ProcessRef(p.process.pid, p.process.start_ticks) for p in self.pools]
+
+    def alive(self) -> bool:
+        """Whether one of the processes that have the pools is known to live."""
+        return any(p.alive() for p in self.processes)
+
 
 class Sender:
-    """RemoteSend over one holder. Owns the channels to peers, and every write until the receiver knows its end."""
+    """RemoteSend over one holder of KV. Owns the channels to peers, and each write until the receiver knows its end."""
 
-    def __init__(self, endpoint: Endpoint, holder: KvHolder, host_id: str, checksum: bool = False) -> None:
-        self._endpoint = endpoint
+    def __init__(
+        self,
+        endpoint: Endpoint,
+        holder: KvHolder,
+        host_id: str,
+        connect: Callable[[str], grpc.aio.Channel] = channel,
+        checksum: bool = False,
+    ) -> None:
         self._checksum = checksum
+        self._connect = connect
+        self._endpoint = endpoint
         self._holder = holder
         processes = [pb.Process(pid=p.pid, start_ticks=p.start_ticks) for p in holder.writers]
         self._location = pb.WriterLocation(host_id=host_id, processes=processes)
         self._writes = itertools.count(1)
-        self._peers: dict[str, _Peer] = {}
+        self._peers: dict[tuple[str, str], _Peer] = {}
         self._tasks = Tasks()
+        self._looking: asyncio.Task[None] | None = None
 
     async def send(self, token_ids: Sequence[int], begin: int, end: int, ticket: Ticket) -> Sent:
         """Has the KV of token_ids[begin:end) written into `ticket`. Raises MeshError; cancelling stops the write."""
         # A task of its own: its clean-up goes on when the caller is cancelled, or does not wait.
-        work = self._tasks.start(self._write(token_ids, begin, end, ticket), f"send to {ticket.receiver.name}")
+        work = self._tasks.start(self._outcome(token_ids, begin, end, ticket), f"send to {ticket.receiver.name}")
         try:
-            return await asyncio.shield(work)
+            outcome = await asyncio.shield(work)
         except asyncio.CancelledError:
+            if work.cancelled():
+                raise Unavailable("the sender is stopping") from None
             work.cancel()
             raise
+        if isinstance(outcome, MeshError):
+            raise outcome
+        return outcome
+
+    async def _outcome(self, token_ids: Sequence[int], begin: int, end: int, ticket: Ticket) -> Sent | MeshError:
+        """As `_write`, but returns failures, which are the caller's business, not the log's."""
+        try:
+            return await self._write(token_ids, begin, end, ticket)
+        except MeshError as error:
+            return error
 
     async def _write(self, token_ids: Sequence[int], begin: int, end: int, ticket: Ticket) -> Sent:
         peer = self._acquire(ticket.receiver)
@@ -93,7 +131,7 @@ class Sender:
             word = asyncio.ensure_future(call.read())
             while True:
                 grant = (await _word(word, "grant")).grant
-                peer.pools = list(grant.pools)
+                peer.granted(grant.pools)
                 slots = from_runs(grant.slots, min((p.rows for p in grant.pools), default=1))
                 if len(slots) != end - begin:
                     raise Internal(f"{ticket.receiver.name} granted {len(slots)} slots for {end - begin} tokens")
@@ -118,8 +156,7 @@ class Sender:
             raise self._failure(peer, error) from error
         except asyncio.InvalidStateError:
             # The call ended while something was being written to it: its status says why.
-            code, details = await call.code(), await call.details()
-            raise self._status(peer, code, details) from None
+            raise await self._ended(peer, call) from None
         finally:
             if word is not None:
                 word.cancel()
@@ -177,49 +214,63 @@ class Sender:
         limit = grant.max_ms / 1000
         try:
             await asyncio.wait({work, word}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-            if work.done():
-                return work.result()
             if word.done():
                 word.result()
                 raise Aborted("the receiver ended the write")
+            if work.done():
+                return work.result()
             raise Aborted(f"the ticket's life of {limit:.1f} s ended during the write")
         finally:
             if not work.done():
                 work.cancel()
                 # Until the holder says that nothing is written any more.
                 await asyncio.wait({work})
+            if not work.cancelled():
+                # Looked at: a failure that comes second is of no interest.
+                work.exception()
 
     def _failure(self, peer: _Peer, error: grpc.aio.AioRpcError) -> MeshError:
-        return self._status(peer, error.code(), error.details(), error)
-
-    def _status(self, peer: _Peer, code: Any, details: Any, error: grpc.aio.AioRpcError | None = None) -> MeshError:
-        if code == grpc.StatusCode.UNAVAILABLE and peer.pools:
-            self._holder.forget(peer.pools)
-            peer.pools = []
-        if error is None:
-            return Unavailable(f"receiver {peer.endpoint.name}: {details or code}")
+        if error.code() == grpc.StatusCode.UNAVAILABLE:
+            self._forget(peer)
         return from_rpc(error, f"receiver {peer.endpoint.name}")
 
+    async def _ended(self, peer: _Peer, call: Any) -> MeshError:
+        try:
+            await call.read()
+        except grpc.aio.AioRpcError as error:
+            return self._failure(peer, error)
+        return Aborted("the receiver ended the write")
+
+    def _forget(self, peer: _Peer) -> None:
+        if peer.pools:
+            self._holder.forget(peer.pools)
+            peer.pools = []
+
     async def _say_stopped(self, peer: _Peer, write_id: int) -> None:
-        """Tells the receiver, again and again while it is not reached; a dead one does not need to know."""
+        """Tells the receiver, again and again until it hears; a dead one does not need to know."""
         peer.users += 1
         request = pb.StoppedRequest(sender_incarnation=self._endpoint.incarnation, write_id=write_id)
         try:
-            for attempt in range(STOPPED_TRIES):
+            for attempt in itertools.count():
                 try:
                     await peer.stub.Stopped(request, timeout=STOPPED_S)
                     return
                 except grpc.aio.AioRpcError as error:
                     log.debug("%s does not hear that a write has stopped: %s", peer.endpoint.name, error.code())
-                await asyncio.sleep(min(2.0, 0.1 * 2**attempt))
+                if attempt >= STOPPED_TRIES and not peer.alive():
+                    return
+                await asyncio.sleep(min(BACKOFF_S[1], BACKOFF_S[0] * 2 ** min(attempt, 10)))
         finally:
             self._release(peer)
 
     def _acquire(self, endpoint: Endpoint) -> _Peer:
-        peer = self._peers.get(endpoint.incarnation)
+        key = endpoint.incarnation, endpoint.address
+        peer = self._peers.get(key)
         if peer is None:
-            peer = self._peers[endpoint.incarnation] = _Peer(endpoint)
+            peer = self._peers[key] = _Peer(endpoint, self._connect)
             self._trim(endpoint)
+        if self._looking is None or self._looking.done():
+            self._looking = self._tasks.start(self._look(), "look after receivers")
         peer.users += 1
         return peer
 
@@ -228,10 +279,18 @@ class Sender:
         idle = [p for p in self._peers.values() if not p.users and p.endpoint.incarnation != newest.incarnation]
         former = [p for p in idle if p.endpoint.name == newest.name]
         for peer in {id(p): p for p in (*former, *idle[: max(0, len(idle) - IDLE_PEERS)])}.values():
-            del self._peers[peer.endpoint.incarnation]
+            del self._peers[peer.endpoint.incarnation, peer.endpoint.address]
             self._tasks.start(peer.channel.close(None), f"close channel to {peer.endpoint.name}")
-            if peer.pools:
-                self._holder.forget(peer.pools)
+            self._forget(peer)
+
+    async def _look(self) -> None:
+        """Lets go of the pools of receivers that have died: their memory would stay for as long as it is mapped."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            for peer in self._peers.values():
+                if peer.pools and not peer.alive():
+                    log.info("receiver %s is dead: its pool is let go of", peer.endpoint.name)
+                    self._forget(peer)
 
     def _release(self, peer: _Peer) -> None:
         peer.users -= 1

@@ -143,7 +143,7 @@ class TicketBook:
 
     def begin_write(self, ticket: Ticket, begin: int, end: int, writer: Writer) -> None:
         """Lets `writer` write tokens [begin:end). Raises InvalidArgument, FailedPrecondition."""
-        if writer.key in self._writers or writer.key in self._stopped:
+        if any(writer.key in known for known in (self._writers, self._stopped, self._doubtful)):
             raise InvalidArgument(f"write_id = {writer.key[1]} of {writer.name} was used before")
         if ticket.writer is not None:
             raise FailedPrecondition(f"ticket {ticket.id} is being written into by {ticket.writer.name}")
@@ -172,6 +172,8 @@ class TicketBook:
             self._doubtful[writer.key] = ticket
             if self._looking is None or self._looking.done():
                 self._looking = self._tasks.start(self._look(), "look after broken writes")
+        elif in_doubt:
+            self._close(ticket, "was taken back: its writer broke off")
         elif ticket.revoked.is_set():
             self._close(ticket, "was taken back")
         self.on_change()
@@ -249,6 +251,8 @@ class TicketBook:
         for ticket in list(self._tickets.values()):
             self._forget(ticket, "was taken back")
             ticket.revoked.set()
+        if self._looking is not None:
+            self._looking.cancel()
         try:
             await self._tasks.drain(1.0)
         except MeshError as error:

@@ -19,7 +19,6 @@ SHM = Path("/dev/shm")
 # Seconds for a resource tracker to clean up, once all that it tracks for have ended.
 TRACKER_PATIENCE = 1.0
 INSTANCE = re.compile(r"[A-Za-z0-9_-]{4,64}")
-POOL = re.compile(r"shm:(kvmesh-[0-9a-f]{32}-r[0-9]+)")
 
 
 def session_members(leader: ProcessId) -> list[ProcessId]:
@@ -86,26 +85,19 @@ def _is_tracker(process: ProcessId) -> bool:
 def remove_shared_memory(folder: Path) -> None:
     """Removes what the process whose run folder this is left in shared memory.
 
-    The engine notes in the file `instance` what it may leave, one a line: an instance of SGLang, which leaves
-    sglang_loads_<instance>_<digest>.shm when killed, or `shm:` and the name of a KV pool. Other lines mean nothing.
+    SGLang leaves sglang_loads_<instance>_<digest>.shm when killed; the engine notes its instances in the file
+    `instance`, one a line. KV pools have no names, and are gone with their processes.
     """
     try:
         lines = (folder / "instance").read_text(errors="replace").splitlines()
     except OSError:
         return
-    for name in (name for line in lines for name in _left_by(line.strip())):
-        with contextlib.suppress(OSError):
-            (SHM / name).unlink()
-
-
-def _left_by(line: str) -> list[str]:
-    """Names in SHM that a line of `instance` stands for."""
-    if pool := POOL.fullmatch(line):
-        return [pool[1]]
-    if not INSTANCE.fullmatch(line):
-        return []
-    exact = re.compile(rf"sglang_loads_{re.escape(line)}_[0-9a-f]{{8}}\.shm")
-    return [name for name in os.listdir(SHM) if exact.fullmatch(name)]
+    for instance in (line.strip() for line in lines):
+        if INSTANCE.fullmatch(instance):
+            exact = re.compile(rf"sglang_loads_{re.escape(instance)}_[0-9a-f]{{8}}\.shm")
+            for name in filter(exact.fullmatch, os.listdir(SHM)):
+                with contextlib.suppress(OSError):
+                    (SHM / name).unlink()
 
 
 def remove_files(place: MeshDir, state: MeshState) -> None:

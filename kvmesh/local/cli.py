@@ -8,10 +8,10 @@ import click
 
 from kvmesh.config import options
 from kvmesh.errors import MeshError
-from kvmesh.local.commands import generate, status, strategy, trace
+from kvmesh.local.commands import generate, health, status, strategy, trace
 from kvmesh.local.options import MeshOptions
 
-__all__ = ["demo", "down", "generate", "status", "strategy", "trace", "up"]
+__all__ = ["demo", "down", "generate", "health", "status", "strategy", "trace", "up"]
 
 
 @click.command()

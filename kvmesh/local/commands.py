@@ -65,6 +65,9 @@ def _ids(_context: click.Context, _param: click.Parameter, given: str | None) ->
 @click.option("--tokens", callback=_ids, metavar="1,2,3", help="A prompt of token ids in place of text.")
 @click.option("--strategy", default="", metavar="NAME", help="[default: the strategy in force]")
 @click.option("--param", "params", multiple=True, callback=_pairs, metavar="KEY=VALUE", help="A strategy parameter.")
+@click.option("--session", default="", help="The conversation that it belongs to. [default: none]")
+@click.option("--tenant", default="", help="On whose account it runs. [default: none]")
+@click.option("--priority", type=click.Choice(["low", "normal", "high"]), default="normal", show_default=True)
 @click.option("--timeout", default=120.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
 @click.option("--request-id", default="", help="[default: the router makes one]")
 @click.option("--max-new-tokens", type=int, help="[default: 128]")
@@ -87,6 +90,9 @@ def generate(
     tokens: list[int] | None,
     strategy: str,
     params: dict[str, str],
+    session: str,
+    tenant: str,
+    priority: str,
     timeout: float,
     request_id: str,
     as_json: bool,
@@ -110,7 +116,15 @@ def generate(
         sampling[many] = [*sampling[many]] or None
     with Client(router_address(router, name)) as client:
         answer = client.generate(
-            prompt, strategy=strategy, strategy_params=params, request_id=request_id, timeout=timeout, **sampling
+            prompt,
+            strategy=strategy,
+            strategy_params=params,
+            request_id=request_id,
+            session=session,
+            tenant=tenant,
+            priority=priority,
+            timeout=timeout,
+            **sampling,
         )
         screen = Screen(sys.stdout)
         try:
@@ -154,25 +168,77 @@ def strategy_list(router: str, name: str) -> None:
 @strategy.command("get")
 @router_options
 def strategy_get(router: str, name: str) -> None:
-    """Shows the strategy in force."""
+    """Shows the strategy in force, the one on trial, and those before."""
     from kvmesh.client import Client
-    from kvmesh.local.show import choice_line
+    from kvmesh.local.show import in_force_lines
 
     with Client(router_address(router, name)) as client:
-        click.echo(choice_line(client.strategy()))
+        click.echo("\n".join(in_force_lines(client.strategies_in_force())))
 
 
 @strategy.command("set")
 @click.argument("strategy_name", metavar="NAME")
 @click.argument("params", nargs=-1, callback=_pairs, metavar="[KEY=VALUE]...")
+@click.option(
+    "--share",
+    type=click.FloatRange(0, 100, min_open=True),
+    default=100.0,
+    help="On trial, for so many percent of the sessions. [default: for all]",
+)
+@click.option(
+    "--max-error-rate",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    help="Take it back when more than this share of its requests fail, 0 to 1. [default: not looked at]",
+)
+@click.option(
+    "--max-ttft",
+    type=click.FloatRange(0, 86400),
+    default=0.0,
+    help="Take it back when its mean time to the first token is over this, in seconds. [default: not looked at]",
+)
+@click.option(
+    "--min-requests",
+    type=click.IntRange(0, 200),
+    default=0,
+    help="Requests to wait for before judging. [default: 20]",
+)
 @router_options
-def strategy_set(strategy_name: str, params: dict[str, str], router: str, name: str) -> None:
+def strategy_set(
+    strategy_name: str,
+    params: dict[str, str],
+    share: float,
+    max_error_rate: float,
+    max_ttft: float,
+    min_requests: int,
+    router: str,
+    name: str,
+) -> None:
     """Puts a strategy in force for the requests that come after."""
     from kvmesh.client import Client
     from kvmesh.local.show import choice_line
 
     with Client(router_address(router, name)) as client:
-        click.echo(choice_line(client.set_strategy(strategy_name, params)))
+        choice = client.set_strategy(
+            strategy_name,
+            params,
+            share_percent=share if share < 100 else 0,
+            max_error_rate=max_error_rate,
+            max_ttft_seconds=max_ttft,
+            min_requests=min_requests,
+        )
+        click.echo(choice_line(choice))
+
+
+@strategy.command("rollback")
+@router_options
+def strategy_rollback(router: str, name: str) -> None:
+    """Ends the trial, or puts the choice before in force again."""
+    from kvmesh.client import Client
+    from kvmesh.local.show import choice_line
+
+    with Client(router_address(router, name)) as client:
+        click.echo(choice_line(client.rollback_strategy()))
 
 
 @click.command()
@@ -200,3 +266,18 @@ def trace(request_id: str, trace_dir: tuple[str, ...]) -> None:
     console.print(Waterfall(spans))
     if all(s.parent_id for s in spans):
         console.print("(the request's first span is not there yet: it may still be running)", style="dim")
+
+
+@click.command()
+@click.argument("address", metavar="HOST:PORT")
+@click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
+@click.option("--service", default="", help="Full name of one service. [default: all of the process]")
+def health(address: str, timeout: float, service: str) -> None:
+    """Asks a service of the mesh whether it serves; the exit status tells."""
+    import asyncio
+
+    from kvmesh.grpcx import split_address, wait_serving
+
+    split_address(address)
+    asyncio.run(wait_serving(address, timeout, service))
+    click.echo("serving")

@@ -34,7 +34,9 @@ def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[St
         registry = ["--registry", next(c.address for c in mesh.children if c.spec.role == "registry")]
         names = [f"engine-{i}" for i in range(options.engines)]
         engines = [_engine(mesh, options, name, model, [*registry, *engine_args]) for name in names]
-        waits = [*registry, "--wait-engines", str(options.engines)]
+        waits = [*registry, "--wait-engines", str(options.engines), "--http", options.http]
+        if options.strategy_dir:
+            waits += ["--strategy-dir", str(Path(options.strategy_dir).expanduser().resolve())]
         return [*engines, _service(mesh, options, "router", "router", waits, options.listen)]
 
     return [etcd, registry, workers]
@@ -72,6 +74,11 @@ def _service(
     command = [sys.executable, "-P", "-m", "kvmesh.cli", role, *flags, *arguments]
     log = mesh.place.logs / f"{name}.log"
     return Spec(name, role, command, lambda: service_ready(announced), log, environment or dict(os.environ), patience)
+
+
+def http_address(mesh: LocalMesh) -> str:
+    """HOST:PORT of the router's HTTP door; empty when there is none."""
+    return _content(mesh.work / "router.address.http")
 
 
 async def service_ready(announced: Path) -> str:

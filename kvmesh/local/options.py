@@ -19,6 +19,8 @@ class MeshOptions(TraceConfig):
     dtype: str = setting("auto", "float32, bfloat16 or auto (what the model's configuration says).")
     kv_tokens: int = setting(0, "KV slots of each engine, in tokens; 0 takes the engine's default.")
     listen: str = setting("127.0.0.1:0", "HOST:PORT of the router; port 0 takes a free one.")
+    http: str = setting("127.0.0.1:0", "HOST:PORT of the router's HTTP door, OpenAI's API; empty: none.")
+    strategy_dir: str = setting("", "Folder of strategies of your own, taken in again when a file changes.")
     start_timeout: float = setting(300.0, "Seconds that the start may take.")
     trace_dir: str = setting("", "Folder of the span files. [default: with the mesh, where `kvmesh trace` looks]")
     log_level: str = setting("info", "debug, info, warning or error.")

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import click
 from rich.console import Console
 
-from kvmesh.local.mesh import resolve_model, stages
+from kvmesh.local.mesh import http_address, resolve_model, stages
 from kvmesh.local.options import MeshOptions
 from kvmesh.local.progress import shown
 from kvmesh.local.state import MeshDir
@@ -102,8 +102,10 @@ async def _watch(mesh: LocalMesh, console: Console) -> None:
 def _summary(mesh: LocalMesh, options: MeshOptions) -> str:
     named = f" --name {options.name}" if options.name != "default" else ""
     listening = "\n".join(f"  {c.spec.name:<10} {c.address:<22} pid {c.id.pid}" for c in mesh.children)
+    http = http_address(mesh)
+    opened = f"\nOpenAI's API at http://{http}/v1, described at http://{http}/docs" if http else ""
     return f"""ready; listening at
-{listening}
+{listening}{opened}
 logs in {mesh.place.logs}
 try
   kvmesh status{named}

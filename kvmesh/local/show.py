@@ -43,8 +43,25 @@ class Screen:
 
 
 def choice_line(choice: pb.StrategyChoice) -> str:
-    """One line: name, parameters, revision."""
-    return f"{choice.name}{_params(choice.params)} (revision {choice.revision})"
+    """One line: name, parameters, revision; of a trial or a guarded change also its share and bounds."""
+    more = [f"revision {choice.revision}"]
+    if choice.share_percent:
+        more.append(f"on trial for {choice.share_percent:g} % of the sessions")
+    if choice.guard.max_error_rate:
+        more.append(f"until over {choice.guard.max_error_rate:.1%} fail")
+    if choice.guard.max_ttft_seconds:
+        more.append(f"until the mean TTFT is over {choice.guard.max_ttft_seconds:g} s")
+    if choice.ended:
+        more.append(choice.ended)
+    return f"{choice.name}{_params(choice.params)} ({', '.join(more)})"
+
+
+def in_force_lines(reply: pb.GetStrategyResponse) -> list[str]:
+    """The strategy in force; then, if there are any, the one on trial and those before."""
+    lines = [choice_line(reply.strategy)]
+    if reply.HasField("trial"):
+        lines.append(choice_line(reply.trial))
+    return [*lines, *(f"before: {choice_line(past)}" for past in reply.history)]
 
 
 def _params(params: Mapping[str, str]) -> str:
@@ -109,6 +126,8 @@ def _engine_row(engine: pb.MeshEngine) -> list[str | Text]:
         engine.info.total_slots,
     ]
     state = Text("up", "green") if engine.connected else Text("lost", "red")
+    if engine.connected and engine.suspended:
+        state = Text("up, failing", "yellow")
     return [engine.member.endpoint.name, engine.member.endpoint.address, state, *map(str, numbers)]
 
 
@@ -120,7 +139,10 @@ def strategies_page(strategies: Iterable[pb.StrategyInfo], in_force: str) -> Tab
             f"{p.name}={p.default_value} ({p.type}{', ' + p.constraint if p.constraint else ''})" for p in info.params
         ]
         mark = " (in force)" if info.name == in_force else ""
-        table.add_row(Text(info.name + mark, "bold" if mark else ""), Text(info.summary), Text("\n".join(params)))
+        what = Text(info.summary)
+        if info.error:
+            what.append(("\n" if info.summary else "") + (f"{info.file}: " if info.file else "") + info.error, "red")
+        table.add_row(Text(info.name + mark, "bold" if mark else ""), what, Text("\n".join(params)))
     return table
 
 

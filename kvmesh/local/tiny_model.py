@@ -20,6 +20,7 @@ from typing import Any
 from kvmesh.config import home
 
 SPECIAL = ("<s>", "</s>", "<pad>")
+CHAT = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 PRINTABLE = (10, *range(32, 127))
 
 
@@ -43,7 +44,7 @@ class Recipe:
     constant: float = 5.0
     lift: float = 12.0
     # Raised when the code below changes what it writes.
-    version: int = 1
+    version: int = 2
 
     def digest(self) -> str:
         """12 hexadecimal digits."""
@@ -118,6 +119,7 @@ def _tokenizer(recipe: Recipe) -> Any:
         eos_token=eos,
         pad_token=pad,
         clean_up_tokenization_spaces=False,
+        chat_template=CHAT,
         split_special_tokens=True,
         model_max_length=recipe.context,
     )

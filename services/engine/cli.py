@@ -38,12 +38,19 @@ class EngineConfig(ServiceConfig):
     data_host: str = setting("", "Address that peers on other hosts send KV to. [default: the host of --advertise]")
     checksum: bool = setting(False, "Compare checksums of all KV that is sent or received.")
     run_dir: str = setting("", "Folder for sockets and files of the run. [default: one in the temporary folder]")
+    sim: str = setting("", "Simulate, in place of a model: a profile's name or TOML file. See docs/simulator.md.")
+    sim_faults: str = setting(
+        "", "Faults of the simulation, as slow=2,die_after_tokens=100, or @FILE; SIGUSR1 rereads it."
+    )
+    sim_seed: int = setting(0, "Seed of the simulation's jitter.")
     sglang: str = setting("", 'More of SGLang\'s ServerArgs, as a JSON object such as {"mem_fraction_static": 0.8}.')
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.model:
-            raise InvalidArgument("model is missing: give --model FOLDER")
+        if bool(self.model) == bool(self.sim):
+            raise InvalidArgument("give either --model FOLDER or --sim PROFILE")
+        if self.sim and self.page_size != 1:
+            raise InvalidArgument(f"page_size = {self.page_size}: a simulated engine has pages of 1 token")
         for field in ("registry", "advertise"):
             if value := getattr(self, field):
                 split_address(value)
@@ -86,7 +93,7 @@ class EngineConfig(ServiceConfig):
 @click.command()
 @options(EngineConfig, "ENGINE")
 def engine(config: EngineConfig) -> None:
-    """Runs an engine: SGLang behind kvmesh's sub-request calls."""
+    """Runs an engine: SGLang, or a simulation, behind kvmesh's sub-request calls."""
     from kvmesh.aio import run, setup_logging
     from services.engine.main import serve
 

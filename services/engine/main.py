@@ -23,6 +23,7 @@ from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.grpcx import Server, announce, split_address
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
+from kvmesh.metrics import page
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2_grpc
@@ -30,6 +31,7 @@ from kvmesh.v1.common_pb2 import Endpoint, SamplingParams
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
 from services.engine.base import Runtime
 from services.engine.cli import DTYPES, EngineConfig
+from services.engine.metrics import register as register_metrics
 from services.engine.service import NAMES, EngineService
 from services.engine.status import Status
 
@@ -41,7 +43,7 @@ WARM_TOKENS, WARM_S = 64, 300.0
 
 
 async def serve(config: EngineConfig) -> None:
-    """Serves until cancelled. Raises Unavailable when SGLang does not start, or ends."""
+    """Serves until cancelled. Raises Unavailable when the runtime does not start, or ends."""
     async with AsyncExitStack() as stack:
         runtime = await start(config, stack)
         raise Unavailable(await runtime.died())
@@ -51,17 +53,7 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     """Starts an engine that `stack` stops; returns when it is ready. Raises MeshError."""
     incarnation = secrets.token_hex(16)
     name = config.name or f"engine-{incarnation[:8]}"
-    folder = await asyncio.to_thread(lambda: Path(config.model).expanduser().resolve())
-    digest = await asyncio.to_thread(model_digest, folder)
-    run_dir = _run_dir(config, stack)
-    # SGLang's scheduler sends SIGQUIT when it fails: its end is what is acted on.
-    asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, lambda: log.error("SGLang failed; its log says why"))
-    runtime = _runtime(config, folder, digest, run_dir, incarnation)
-    stack.push_async_callback(runtime.stop)
-    began = time.monotonic()
-    await runtime.start()
-    await warm_up(runtime)
-    log.info("%s is loaded and warm after %.1f s", runtime.version, time.monotonic() - began)
+    runtime, model = await (_simulated(config, stack) if config.sim else _sglang(config, incarnation, stack))
 
     endpoint = Endpoint(name=name, incarnation=incarnation)
     telemetry = Telemetry("engine", name, config)
@@ -72,11 +64,13 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     stack.push_async_callback(book.close)
     receiver = Receiver(runtime, book, host_id(), config.checksum)
     stack.push_async_callback(receiver.close)
-    sender = Sender(endpoint, runtime, host_id(), config.checksum)
+    sender = Sender(endpoint, runtime, host_id(), checksum=config.checksum)
     stack.push_async_callback(sender.close)
-    info = describe(config, endpoint, runtime, folder)
+    info = describe(endpoint, runtime, *model)
     status = Status(info, runtime, book)
     service = EngineService(runtime, book, receiver, sender, status, tokenizers, telemetry)
+
+    register_metrics(await stack.enter_async_context(page("engine", name, config)), status, service.totals)
 
     def register(server: object) -> None:
         kv_pb2_grpc.add_KvEndpointServicer_to_server(service, server)  # type: ignore[arg-type]
@@ -102,6 +96,33 @@ def data_host(config: EngineConfig) -> str:
     host = config.data_host or split_address(config.advertise or config.listen)[0]
     # Peers cannot connect to a wildcard.
     return "127.0.0.1" if host in ("0.0.0.0", "::") else host
+
+
+async def _sglang(config: EngineConfig, incarnation: str, stack: AsyncExitStack) -> tuple[Runtime, tuple[str, str]]:
+    """SGLang, loaded and warm, and the model's name and path."""
+    folder = await asyncio.to_thread(lambda: Path(config.model).expanduser().resolve())
+    digest = await asyncio.to_thread(model_digest, folder)
+    run_dir = _run_dir(config, stack)
+    # SGLang's scheduler sends SIGQUIT when it fails: its end is what is acted on.
+    asyncio.get_running_loop().add_signal_handler(signal.SIGQUIT, lambda: log.error("SGLang failed; its log says why"))
+    runtime = _runtime(config, folder, digest, run_dir, incarnation)
+    stack.push_async_callback(runtime.stop)
+    began = time.monotonic()
+    await runtime.start()
+    await warm_up(runtime)
+    log.info("%s is loaded and warm after %.1f s", runtime.version, time.monotonic() - began)
+    return runtime, (config.model_name or folder.name, str(folder))
+
+
+async def _simulated(config: EngineConfig, stack: AsyncExitStack) -> tuple[Runtime, tuple[str, str]]:
+    """A simulated engine: it has a model's name, and no path."""
+    from services.engine.sim.launch import simulated
+
+    runtime = simulated(config)
+    stack.push_async_callback(runtime.stop)
+    await runtime.start()
+    log.warning("SIMULATED: %s on %s; times are made up, and so are tokens", runtime.version, runtime.device)
+    return runtime, (config.model_name or runtime.profile.model.name, "")
 
 
 def _dtype(config: EngineConfig, folder: Path) -> str:
@@ -182,11 +203,11 @@ async def _join(config: EngineConfig, endpoint: Endpoint, stack: AsyncExitStack)
     stack.push_async_callback(membership.stop)
 
 
-def describe(config: EngineConfig, endpoint: Endpoint, runtime: Runtime, folder: Path) -> engine_pb2.EngineInfo:
-    """What the engine says of itself."""
+def describe(endpoint: Endpoint, runtime: Runtime, name: str, path: str) -> engine_pb2.EngineInfo:
+    """What the engine says of itself; `name` and `path` are the model's."""
     model = engine_pb2.ModelInfo(
-        name=config.model_name or folder.name,
-        path=str(folder),
+        name=name,
+        path=path,
         vocab_size=runtime.model.vocab_size,
         context_length=runtime.model.context_length,
         eos_token_ids=runtime.model.eos_token_ids,

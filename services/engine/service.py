@@ -6,9 +6,9 @@ import asyncio
 import re
 import time
 import uuid
-from collections.abc import AsyncIterator
-from contextlib import aclosing
-from typing import Any, TypeAlias
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
+from typing import Any, TypeAlias, TypeVar
 
 import grpc.aio
 from opentelemetry.trace import Span, SpanKind
@@ -17,7 +17,16 @@ from kvmesh.detokenize import TextStream
 from kvmesh.endpoint.receiver import DEFAULT_TTL_MS, MAX_TTL_MS, MAX_WAIT_MS, MIN_TTL_MS, Receiver
 from kvmesh.endpoint.sender import Sender, Sent
 from kvmesh.endpoint.tickets import TicketBook
-from kvmesh.errors import AlreadyExists, DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
+from kvmesh.errors import (
+    AlreadyExists,
+    Cancelled,
+    DeadlineExceeded,
+    FailedPrecondition,
+    Internal,
+    InvalidArgument,
+    MeshError,
+    NotFound,
+)
 from kvmesh.grpcx import rpc, time_left
 from kvmesh.ranges import check_range, check_tokens
 from kvmesh.sampling import check_sampling, max_new_tokens
@@ -26,6 +35,7 @@ from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2, kv_pb2_grpc
 from services.engine.base import Outputs, Runtime
 from services.engine.generation import Generation
+from services.engine.metrics import Totals
 from services.engine.status import DEFAULT_INTERVAL_MS, MAX_INTERVAL_MS, MIN_INTERVAL_MS, Status
 
 NAMES = ["kvmesh.v1.KvEndpoint", "kvmesh.v1.KvPeer", "kvmesh.v1.Engine"]
@@ -33,6 +43,9 @@ OWNER_CHARS = 128
 # What a call without a deadline may take.
 REQUEST_S = 300.0
 _ID = re.compile(r"[A-Za-z0-9._:#-]{1,128}")
+
+T = TypeVar("T")
+_OTHERS: dict[type[BaseException], str] = {asyncio.CancelledError: Cancelled.status, GeneratorExit: Cancelled.status}
 
 Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
@@ -59,17 +72,26 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         self._tracer = telemetry.tracer
         self._model = status.info.model
         self._running: dict[str, Outputs | None] = {}
+        self.totals = Totals()
 
-    def _span(self, name: str, context: Context, **attributes: int | str) -> Span:
-        span = self._tracer.start_span(
-            name,
-            context=extract(context.invocation_metadata()),
-            kind=SpanKind.SERVER,
-        )
+    @contextmanager
+    def _call(self, name: str, context: Context, **attributes: int | str) -> Iterator[Span]:
+        """Span and count of one sub-request."""
+        parent = extract(context.invocation_metadata())
+        span = self._tracer.start_span(f"engine.{name}", context=parent, kind=SpanKind.SERVER)
         if span.is_recording():
             for key, value in attributes.items():
                 span.set_attribute(f"kvmesh.{key}", value)
-        return span
+        status = "OK"
+        try:
+            yield span
+        except BaseException as error:
+            status = error.status if isinstance(error, MeshError) else _OTHERS.get(type(error), Internal.status)
+            fail(span, error)
+            raise
+        finally:
+            self.totals.call(name, status)
+            span.end()
 
     def _check_prompt(self, token_ids: Any, model: str, owner: str) -> None:
         if model and model != self._model.name:
@@ -81,8 +103,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
     @rpc
     async def PrepRecv(self, request: kv_pb2.PrepRecvRequest, context: Context) -> kv_pb2.PrepRecvResponse:
         """Reserves slots."""
-        span = self._span("engine.prep_recv", context, request_id=request.owner, end=request.end)
-        try:
+        with self._call("prep_recv", context, request_id=request.owner, end=request.end) as span:
             token_ids = list(request.token_ids)
             self._check_prompt(token_ids, request.model, request.owner)
             _, end = check_range(0, request.end, len(token_ids))
@@ -100,21 +121,14 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
             if span.is_recording():
                 span.set_attributes({"kvmesh.ticket": ticket.id, "kvmesh.matched": ticket.matched})
             return kv_pb2.PrepRecvResponse(ticket=ticket)
-        except BaseException as error:
-            fail(span, error)
-            raise
-        finally:
-            span.end()
 
     @rpc
     async def RemoteSend(self, request: kv_pb2.RemoteSendRequest, context: Context) -> kv_pb2.RemoteSendResponse:
         """Sends KV to another endpoint."""
         ticket = request.ticket
-        span = self._span(
-            "engine.remote_send", context, request_id=request.owner, receiver=ticket.receiver.name, ticket=ticket.id
-        )
         arrived = time.monotonic_ns()
-        try:
+        about: dict[str, int | str] = {"request_id": request.owner, "receiver": ticket.receiver.name, "ticket": ticket.id}
+        with self._call("remote_send", context, **about) as span:
             token_ids = list(request.token_ids)
             self._check_prompt(token_ids, request.model, request.owner)
             begin, end = check_range(request.begin, request.end, len(token_ids))
@@ -131,18 +145,11 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
                 raise InvalidArgument(
                     f"begin = {begin}, end = {end} are no multiples of the page size {ours.page_size}"
                 )
-            try:
-                async with asyncio.timeout(time_left(context, REQUEST_S)):
-                    sent = await self._sender.send(token_ids, begin, end, ticket)
-            except TimeoutError:
-                raise DeadlineExceeded("the deadline passed before the KV had arrived") from None
+            sent = await self._in_time(self._sender.send(token_ids, begin, end, ticket), context)
+            self.totals.sent_tokens += end - begin
+            self.totals.sent_bytes += sent.bytes
             self._record(span, sent, arrived)
             return _report(sent, begin, end, arrived)
-        except BaseException as error:
-            fail(span, error)
-            raise
-        finally:
-            span.end()
 
     def _record(self, span: Span, sent: Sent, arrived: int) -> None:
         if not span.is_recording():
@@ -190,21 +197,21 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
             raise InvalidArgument(f"request_id = {request_id[:200]!r} is not [A-Za-z0-9._:#-], 1 to 128 characters")
         if request_id in self._running:
             raise AlreadyExists(f"request_id = {request_id!r} is running here")
-        span = self._span("engine.start_generate", context, request_id=request_id, prompt_tokens=len(request.token_ids))
         self._running[request_id] = None
+        about: dict[str, int | str] = {"request_id": request_id, "prompt_tokens": len(request.token_ids)}
         try:
-            async with asyncio.timeout(time_left(context, REQUEST_S)):
-                await self._generate(request, request_id, context, span)
-        except TimeoutError:
-            late = DeadlineExceeded("the request's deadline passed")
-            fail(span, late)
-            raise late from None
-        except BaseException as error:
-            fail(span, error)
-            raise
+            with self._call("start_generate", context, **about) as span:
+                await self._in_time(self._generate(request, request_id, context, span), context)
         finally:
             del self._running[request_id]
-            span.end()
+
+    async def _in_time(self, work: Coroutine[Any, Any, T], context: Context) -> T:
+        """Raises DeadlineExceeded when the caller's deadline passes first."""
+        try:
+            async with asyncio.timeout(time_left(context, REQUEST_S)):
+                return await work
+        except TimeoutError:
+            raise DeadlineExceeded("the request's deadline passed") from None
 
     async def _generate(
         self, request: engine_pb2.StartGenerateRequest, request_id: str, context: Context, span: Span
@@ -230,6 +237,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         generation = Generation(len(token_ids), text, self._tracer, span)
         async with aclosing(generation.run(outputs)) as messages:
             async for message in messages:
+                self.totals.generated_tokens += len(message.chunk.token_ids)
                 await context.write(message)
 
     async def _text(self, request: engine_pb2.StartGenerateRequest, token_ids: list[int]) -> TextStream | None:

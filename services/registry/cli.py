@@ -50,11 +50,12 @@ async def serve(config: RegistryConfig) -> None:
     import logging
 
     from kvmesh.grpcx import announce
+    from kvmesh.metrics import page
     from services.registry.server import serving
 
     log = logging.getLogger(__name__)
     backend = _backend(config)
-    async with serving(backend, config.listen) as server:
+    async with page("registry", "registry", config), serving(backend, config.listen) as server:
         log.info("listening on %s", server.address)
         announce(config.announce, server.address)
         await backend.wait_ready()

@@ -17,6 +17,7 @@ from kvmesh.strategy import Request, TicketHandle
 from kvmesh.telemetry import inject
 from kvmesh.v1.common_pb2 import Ticket
 from kvmesh.v1.kv_pb2 import PrepRecvResponse, ReleaseRequest
+from services.router.kvindex import PromptBlocks
 from services.router.ledger import Ledger
 from services.router.link import EngineLink
 
@@ -43,6 +44,7 @@ class Attempt:
     def __init__(self, request: Request, ledger: Ledger, tracer: Tracer, span: Span, background: Tasks) -> None:
         self.request = request
         self.ledger = ledger
+        self.blocks = PromptBlocks()
         self._tracer = tracer
         self._span = span
         self._traced = span.is_recording()

@@ -1,27 +1,35 @@
-"""Which strategies there are, and the one in force: a setting of the mesh, the same on every router."""
+"""Which strategies there are, and the ones in force: a setting of the mesh, the same on every router."""
 
 from __future__ import annotations
 
-import json
+import asyncio
+import dataclasses
 import logging
-from collections.abc import Mapping
-from contextlib import aclosing
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import aclosing, contextmanager
 from importlib.metadata import entry_points
-from typing import Any
 
 from kvmesh.aio import Tasks
-from kvmesh.errors import DeadlineExceeded, MeshError, NotFound, Unavailable
+from kvmesh.errors import Aborted, DeadlineExceeded, InvalidArgument, MeshError, NotFound, Unavailable
 from kvmesh.membership import SharedSettings
 from kvmesh.params import Param
 from kvmesh.strategy import Strategy
 from kvmesh.v1 import router_pb2 as pb
 from kvmesh.v1.registry_pb2 import Setting
+from services.router.ledger import Ledger
+from services.router.lineup import NEW, Choice, Guard, Lineup
+from services.router.watchdog import Watchdog
 
 log = logging.getLogger(__name__)
 
 GROUP = "kvmesh.strategies"
 KEY = "strategy"
+# Changes of the setting that others make at the same time are worked in so many times.
+TRIES = 5
+# A caller's own clock may end a call so much before ours.
+LATE_S = 0.05
+_UNREADABLE = (MeshError, ValueError, KeyError, TypeError, AttributeError)
 
 
 def catalog() -> dict[str, Strategy]:
@@ -38,23 +46,12 @@ def catalog() -> dict[str, Strategy]:
     return strategies
 
 
-@dataclass(frozen=True)
-class Choice:
-    """A strategy with values for its parameters. `given` is what was set, in text form; the rest are defaults."""
-
-    strategy: Strategy
-    given: Mapping[str, str]
-    values: dict[str, Any]
-    revision: int = 0
-
-    def message(self) -> pb.StrategyChoice:
-        """As it travels: all values, in text form."""
-        params = {name: Param.text(value) for name, value in self.values.items()}
-        return pb.StrategyChoice(name=self.strategy.name, params=params, revision=self.revision)
+class _NoLongerMeant(Exception):
+    """Somebody else has ended the choice that was to be taken back."""
 
 
 class StrategyBoard:
-    """The strategies and the choice in force. `start` follows the registry; while it is away the last choice stays.
+    """The strategies and the choices in force. `start` follows the registry; while it is away the last ones stay.
 
     Raises NotFound for an unknown `default`.
     """
@@ -63,7 +60,15 @@ class StrategyBoard:
         self.strategies = dict(strategies)
         self._settings = settings
         self._tasks = Tasks()
-        self.current = self._choice(default, {})
+        self._watchdog = Watchdog()
+        # Revisions that are being taken back.
+        self._falling: set[int] = set()
+        self.lineup = Lineup(self._choice(default, {}))
+
+    @property
+    def current(self) -> Choice:
+        """The choice in force."""
+        return self.lineup.main
 
     def start(self) -> None:
         """Begins to follow the setting."""
@@ -73,29 +78,122 @@ class StrategyBoard:
         """Stops following."""
         await self._tasks.close()
 
-    def choose(self, name: str, given: Mapping[str, str]) -> Choice:
-        """The choice for one request: the one in force with `given` over it, or the named one, at revision 0.
+    def choose(self, name: str, given: Mapping[str, str], key: str = "") -> Choice:
+        """The choice for one request: the one in force for `key` with `given` over it, or the named one, at revision 0.
 
-        Raises NotFound, InvalidArgument.
+        `key` is the session, or else the request id. Raises NotFound, InvalidArgument.
         """
         if name:
             return self._choice(name, given)
+        now = self.lineup.side(key)
         if not given:
-            return self.current
-        now = self.current
+            return now
         return self._choice(now.strategy.name, {**now.given, **given}, now.revision)
 
-    async def set(self, name: str, given: Mapping[str, str]) -> Choice:
-        """Puts a strategy in force on every router. Raises NotFound, InvalidArgument, Unavailable."""
-        self._choice(name, given)
-        value = json.dumps({"name": name, "params": dict(given)}, sort_keys=True)
+    async def set(self, name: str, given: Mapping[str, str], share: float = 0.0, guard: Guard | None = None) -> Choice:
+        """Puts a strategy in force on every router; with a share above 0 and below 100 percent, on trial.
+
+        Raises NotFound, InvalidArgument, Aborted, Unavailable.
+        """
+        if not 0 <= share <= 100:
+            raise InvalidArgument(f"share_percent = {share:g} is not between 0 and 100")
+        share = share if share < 100 else 0.0
+        choice = dataclasses.replace(self._choice(name, given, NEW), share=share, guard=guard)
+        lineup = await self._change(lambda now: now.put(choice))
+        return lineup.main if lineup.trial is None or not share else lineup.trial
+
+    async def rollback(self, reason: str, only: Choice | None = None) -> Choice:
+        """Ends the trial, or puts the choice before in force again; the one in force afterwards.
+
+        With `only`, if that is what would be ended. Raises FailedPrecondition, NotFound, Aborted, Unavailable.
+        """
+
+        def back(now: Lineup) -> Lineup:
+            if only is not None and now.trial is not None and now.main.revision == only.revision:
+                # The trial has nothing to do with it, and goes on.
+                alone = dataclasses.replace(now, trial=None)
+                return dataclasses.replace(alone.back(reason, self._choice), trial=now.trial)
+            ending = now.trial or now.main
+            if only is not None and ending.revision != only.revision:
+                raise _NoLongerMeant
+            return now.back(reason, self._choice)
+
+        return (await self._change(back)).main
+
+    @contextmanager
+    def judging(self, choice: Choice, ledger: Ledger, deadline: float) -> Iterator[None]:
+        """Around the run of a request: what it comes to counts for or against the choice that served it."""
         try:
-            setting = await self._settings.put(KEY, value)
+            yield
+        except asyncio.CancelledError:
+            # The caller's leaving says nothing; the passing of its deadline does.
+            if time.monotonic() >= deadline - LATE_S:
+                self._judge(choice, True, ledger.ttft)
+            raise
+        except Exception:
+            self._judge(choice, True, ledger.ttft)
+            raise
+        self._judge(choice, False, ledger.ttft)
+
+    def _judge(self, choice: Choice, failed: bool, ttft: float) -> None:
+        verdict = self._watchdog.see(choice, failed, ttft)
+        if verdict and choice.revision in self._revisions() and choice.revision not in self._falling:
+            self._falling.add(choice.revision)
+            self._tasks.start(self._take_back(choice, verdict), "take a strategy back")
+
+    async def _take_back(self, choice: Choice, verdict: str) -> None:
+        log.warning("strategy %s, revision %d: %s", choice.strategy.name, choice.revision, verdict)
+        try:
+            await self.rollback(verdict, only=choice)
+        except _NoLongerMeant:
+            log.info("strategy %s, revision %d, has been ended elsewhere", choice.strategy.name, choice.revision)
+        finally:
+            # When it could not be done, the next request that shows the need tries again.
+            self._falling.discard(choice.revision)
+
+    def adopt(self, strategies: Mapping[str, Strategy]) -> None:
+        """Makes these all the strategies there are: those in force are replaced by their namesakes, or stay.
+
+        Raises InvalidArgument, and changes nothing, when one in force does not take the parameters that it has.
+        """
+        fresh = dict(strategies)
+
+        def renewed(choice: Choice) -> Choice:
+            strategy = fresh.get(choice.strategy.name, choice.strategy)
+            return dataclasses.replace(choice, strategy=strategy, values=strategy.bind(choice.given))
+
+        now = self.lineup
+        main, trial = renewed(now.main), None if now.trial is None else renewed(now.trial)
+        self.lineup = dataclasses.replace(now, main=main, trial=trial)
+        self.strategies = {c.strategy.name: c.strategy for c in (main, trial) if c is not None} | fresh
+
+    def _revisions(self) -> frozenset[int]:
+        return frozenset(c.revision for c in (self.lineup.main, self.lineup.trial) if c is not None)
+
+    async def _change(self, change: Callable[[Lineup], Lineup]) -> Lineup:
+        """Changes the setting, by what it is now, and takes it."""
+        try:
+            for _ in range(TRIES):
+                known = await self._settings.get(KEY)
+                wanted = change(self._known(known))
+                try:
+                    setting = await self._settings.put(KEY, wanted.text(), 0 if known is None else known.revision)
+                except Aborted:
+                    continue
+                lineup = self._read(setting)
+                self._apply(lineup)
+                return lineup
         except DeadlineExceeded as error:
             raise Unavailable(str(error)) from error
-        choice = self._choice(name, given, setting.revision)
-        self._apply(choice)
-        return choice
+        raise Aborted(f"setting {KEY} was changed by others {TRIES} times meanwhile")
+
+    def _known(self, setting: Setting | None) -> Lineup:
+        if setting is not None:
+            try:
+                return self._read(setting)
+            except _UNREADABLE as error:
+                log.warning("setting %s = %s is written over: %s", KEY, setting.value, error)
+        return self.lineup
 
     def _choice(self, name: str, given: Mapping[str, str], revision: int = 0) -> Choice:
         if name not in self.strategies:
@@ -103,25 +201,27 @@ class StrategyBoard:
         strategy = self.strategies[name]
         return Choice(strategy, dict(given), strategy.bind(given), revision)
 
-    def _apply(self, choice: Choice) -> None:
+    def _apply(self, lineup: Lineup) -> None:
         # Our own put and the watch may overtake each other; a store that lost its past starts again at revision 1, and
         # may come to the revision known here with another choice.
-        if choice != self.current:
-            self.current = choice
-            log.info("strategy %s is in force, revision %d", choice.strategy.name, choice.revision)
+        if lineup == self.lineup:
+            return
+        self.lineup = lineup
+        self._watchdog.keep(self._revisions())
+        log.info("strategy %s is in force, revision %d", lineup.main.strategy.name, lineup.main.revision)
+        if (trial := lineup.trial) is not None:
+            log.info("strategy %s is on trial, revision %d: %g %%", trial.strategy.name, trial.revision, trial.share)
 
     async def _follow(self) -> None:
         async with aclosing(self._settings.watch(KEY)) as settings:
             async for setting in settings:
                 try:
                     self._apply(self._read(setting))
-                except (MeshError, ValueError, KeyError, TypeError, AttributeError) as error:
+                except _UNREADABLE as error:
                     log.warning("setting %s = %s is not taken: %s", KEY, setting.value, error)
 
-    def _read(self, setting: Setting) -> Choice:
-        value = json.loads(setting.value)
-        params = {str(k): str(v) for k, v in value.get("params", {}).items()}
-        return self._choice(value["name"], params, setting.revision)
+    def _read(self, setting: Setting) -> Lineup:
+        return Lineup.read(setting, self._choice)
 
 
 def describe(strategy: Strategy) -> pb.StrategyInfo:

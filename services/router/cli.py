@@ -18,16 +18,18 @@ class RouterConfig(ServiceConfig):
 
     listen: str = setting("127.0.0.1:8400", "HOST:PORT to serve on; port 0 takes a free one.")
     advertise: str = setting("", "HOST:PORT that others reach it at. [default: the address it listens on]")
+    http: str = setting("", "HOST:PORT of the HTTP door, OpenAI's API; port 0 takes a free one. [default: none]")
     registry: str = setting("127.0.0.1:2400", "HOST:PORT of the registry.")
     name: str = setting("", "Name in the mesh. [default: router- and a random number]")
     default_strategy: str = setting("data_parallel", "Strategy in force until one has been set for the mesh.")
+    strategy_dir: str = setting("", "Folder of strategies of your own, taken in again when a file changes.")
     wait_engines: int = setting(0, "Report ready only once so many engines are connected.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         split_address(self.registry)
-        if self.advertise:
-            split_address(self.advertise)
+        for address in filter(None, (self.advertise, self.http)):
+            split_address(address)
         if self.name and not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", self.name):
             raise InvalidArgument(f"name = {self.name!r} is not [A-Za-z0-9._-], 1 to 63 characters")
         if self.wait_engines < 0:

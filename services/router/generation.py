@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import Sequence
 
 import grpc
 import grpc.aio
 
 from kvmesh.errors import Internal, MeshError
-from kvmesh.strategy import Chunk, TicketHandle
+from kvmesh.strategy import Chunk, Generating, TicketHandle
 from kvmesh.telemetry import fail, inject
 from kvmesh.v1.common_pb2 import SamplingParams
 from kvmesh.v1.engine_pb2 import GenerateFinished, StartGenerateRequest, StartGenerateResponse
@@ -21,7 +21,7 @@ END_S = 1.0
 _REFUSED = (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.FAILED_PRECONDITION)
 
 
-class Generation(AsyncIterator[Chunk]):
+class Generation(Generating):
     """Starts at once; ends with the engine's last chunk, an error, or `cancel`."""
 
     def __init__(
@@ -105,6 +105,7 @@ class Generation(AsyncIterator[Chunk]):
         self._finished = True
         self._attempt.settle(self._link)
         self._attempt.ledger.finished(self._link.name, end, self._received)
+        self._link.meter.generated(end.usage, self._link.report.running_requests)
         if self._span.is_recording():
             usage = end.usage
             self._span.set_attributes(

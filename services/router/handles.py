@@ -10,7 +10,8 @@ import grpc
 import grpc.aio
 
 from kvmesh.errors import InvalidArgument
-from kvmesh.strategy import Chunks, Engine, Load, TicketHandle
+from kvmesh.pace import Pace
+from kvmesh.strategy import Engine, Generating, Load, TicketHandle
 from kvmesh.telemetry import fail, inject
 from kvmesh.v1.common_pb2 import SamplingParams
 from kvmesh.v1.kv_pb2 import PrepRecvRequest, RemoteSendRequest
@@ -32,6 +33,8 @@ class EngineHandle(Engine):
     def __init__(self, attempt: Attempt, link: EngineLink) -> None:
         self.name = link.name
         self.labels = link.labels
+        self.incarnation = link.member.endpoint.incarnation
+        self.total_slots = 0 if link.info is None else link.info.total_slots
         self._attempt = attempt
         self._link = link
 
@@ -39,6 +42,16 @@ class EngineHandle(Engine):
     def load(self) -> Load:
         """As reported, plus credit."""
         return self._link.load
+
+    @property
+    def pace(self) -> Pace:
+        """As measured by this router."""
+        return self._link.meter.pace
+
+    def cached(self, token_ids: Sequence[int]) -> int:
+        """By the engine's cache events."""
+        size = self._link.block_tokens
+        return size * self._link.cached_blocks(self._attempt.blocks.of(token_ids, size))
 
     async def prep_recv(self, token_ids: Sequence[int], end: int, *, wait: float = 10.0) -> TicketHandle:
         """PrepRecv."""
@@ -125,6 +138,7 @@ class EngineHandle(Engine):
             reply = await call
             ticket.filled, ticket.certain = end, certain
             a.ledger.sent(self.name, ticket.engine, reply)
+            link.meter.sent(reply)
             if span.is_recording():
                 span.set_attributes(
                     {
@@ -149,7 +163,7 @@ class EngineHandle(Engine):
 
     def start_generate(
         self, token_ids: Sequence[int], ticket: TicketHandle | None = None, sampling: SamplingParams | None = None
-    ) -> Chunks:
+    ) -> Generating:
         """StartGenerate."""
         if ticket is not None and ticket.engine != self.name:
             raise InvalidArgument(f"ticket {ticket.proto.id} is of {ticket.engine}, not of {self.name}")

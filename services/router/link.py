@@ -6,12 +6,14 @@ import asyncio
 import logging
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import grpc
 import grpc.aio
 
 from kvmesh.aio import Tasks
+from kvmesh.blocks import BLOCK_TOKENS
 from kvmesh.grpcx import channel
 from kvmesh.strategy import Load
 from kvmesh.v1.engine_pb2 import EngineInfo, EngineStatus, LoadReport, WatchStatusRequest
@@ -19,12 +21,16 @@ from kvmesh.v1.engine_pb2_grpc import EngineStub
 from kvmesh.v1.kv_pb2_grpc import KvEndpointStub
 from kvmesh.v1.registry_pb2 import Member
 from services.router.credit import Credits
+from services.router.kvindex import CacheIndex
+from services.router.meter import Meter
 
 log = logging.getLogger(__name__)
 
 # An engine reports at least every REPORT_S; one that is silent for SILENCE_S hangs.
 REPORT_S, SILENCE_S = 1.0, 5.0
 BACKOFF_S = (0.1, 2.0)
+# Nobody has asked for the cache so long: the engine need not tell any more.
+CACHE_IDLE_S = 300.0
 
 
 class EngineLink:
@@ -34,7 +40,13 @@ class EngineLink:
     `acquire` and `release`; after `retire` the channel closes with the last of them.
     """
 
-    def __init__(self, member: Member, tasks: Tasks, on_change: Callable[[], None]) -> None:
+    def __init__(
+        self,
+        member: Member,
+        tasks: Tasks,
+        on_change: Callable[[], None],
+        connect: Callable[[str], grpc.aio.Channel] = channel,
+    ) -> None:
         self.member = member
         self.name = member.endpoint.name
         self.labels = dict(member.labels)
@@ -44,9 +56,14 @@ class EngineLink:
         self.connected = False
         # A call failed as calls to the dead do; until the status stream delivers again, others go first.
         self.suspect = False
-        self._channel = channel(member.endpoint.address)
+        self._channel = connect(member.endpoint.address)
         self.kv = KvEndpointStub(self._channel)
         self.engine = EngineStub(self._channel)
+        self.meter = Meter()
+        self._cache: CacheIndex | None = None
+        self._cache_asked = 0.0
+        self._call: Any = None
+        self._reopening = False
         self._credits = Credits()
         self._users = 0
         self._retired = False
@@ -69,6 +86,25 @@ class EngineLink:
             credit_requests=self._credits.requests,
             credit_tokens=self._credits.tokens,
         )
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of one block in `cached_blocks`."""
+        return (self.info.cache_block_tokens if self.info is not None else 0) or BLOCK_TOKENS
+
+    def cached_blocks(self, hashes: Sequence[int]) -> int:
+        """How many of these blocks, from the first on, the engine has cached; 0 until it has told."""
+        self._cache_asked = time.monotonic()
+        if self._cache is None:
+            self._cache = CacheIndex()
+            self._reopen()
+        return self._cache.matched(hashes)
+
+    def _reopen(self) -> None:
+        """The status stream begins anew, with or without the cache."""
+        if self._call is not None:
+            self._reopening = True
+            self._call.cancel()
 
     def charge(self, requests: int, tokens: int) -> int:
         """Counts work just sent as load until it is reported; the number is for `settle`."""
@@ -110,6 +146,9 @@ class EngineLink:
             try:
                 if await self._read_statuses():
                     backoff = BACKOFF_S[0]
+                if self._reopening:
+                    self._reopening = False
+                    continue
                 reason = "ended"
             except TimeoutError:
                 reason = f"is silent for {SILENCE_S:g} s"
@@ -125,7 +164,8 @@ class EngineLink:
     async def _read_statuses(self) -> bool:
         """Reads one status stream until it ends; whether it delivered anything."""
         delivered = False
-        call = self.engine.WatchStatus(WatchStatusRequest(interval_ms=int(REPORT_S * 1000)))
+        request = WatchStatusRequest(interval_ms=int(REPORT_S * 1000), cache=self._cache is not None)
+        call = self._call = self.engine.WatchStatus(request)
         try:
             while True:
                 async with asyncio.timeout(SILENCE_S):
@@ -134,7 +174,12 @@ class EngineLink:
                     return delivered
                 self._deliver(status)
                 delivered = True
+        except asyncio.CancelledError:
+            if not self._reopening or ((task := asyncio.current_task()) is not None and task.cancelling()):
+                raise
+            return delivered
         finally:
+            self._call = None
             call.cancel()
 
     def _deliver(self, status: EngineStatus) -> None:
@@ -145,6 +190,11 @@ class EngineLink:
             self.report = status.load
             self.reported = time.monotonic()
             self._credits.reported(self.reported)
+            if self._cache is not None and self.reported - self._cache_asked > CACHE_IDLE_S:
+                self._cache = None
+                self._reopen()
+        elif event == "cache" and self._cache is not None:
+            self._cache.apply(status.cache)
         self.suspect = False
 
     def _describe(self, info: EngineInfo) -> None:

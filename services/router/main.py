@@ -8,10 +8,13 @@ import os
 import secrets
 import time
 from contextlib import AsyncExitStack
+from pathlib import Path
 
+from kvmesh.config import home
 from kvmesh.grpcx import Server, announce
 from kvmesh.host import host_id
 from kvmesh.membership import Membership, MeshWatch, SharedSettings
+from kvmesh.metrics import page
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1.common_pb2 import Endpoint
@@ -19,6 +22,9 @@ from kvmesh.v1.registry_pb2 import MEMBER_KIND_ROUTER, Member
 from kvmesh.v1.router_pb2_grpc import add_RouterServicer_to_server
 from services.router.board import StrategyBoard, catalog
 from services.router.cli import RouterConfig
+from services.router.door import Door
+from services.router.folder import StrategyFolder
+from services.router.metrics import RouterMetrics
 from services.router.runtime import Runtime
 from services.router.service import NAME, RouterService
 from services.router.view import MeshView
@@ -49,13 +55,17 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     stack.push_async_callback(view.close)
     settings = SharedSettings(config.registry)
     stack.push_async_callback(settings.close)
-    board = StrategyBoard(catalog(), config.default_strategy, settings)
+    folder = await _folder(config, stack)
+    strategies = catalog() if folder is None else folder.strategies
+    board = StrategyBoard(strategies, config.default_strategy, settings)
     stack.push_async_callback(board.close)
     runtime = Runtime(view, telemetry.tracer)
     stack.push_async_callback(runtime.close)
     watch = MeshWatch(config.registry, view.update)
     stack.push_async_callback(watch.close)
-    service = RouterService(endpoint, view, board, runtime, tokenizers, telemetry, lambda: watch.connected)
+    door = Door(view, board, runtime, tokenizers, telemetry)
+    service = RouterService(endpoint, view, board, door, lambda: watch.connected, folder)
+    RouterMetrics(await stack.enter_async_context(page("router", endpoint.name, config)), door, view)
     server = Server(config.listen, lambda s: add_RouterServicer_to_server(service, s), [NAME])
     stack.push_async_callback(server.stop)
     endpoint.address = config.advertise or server.address
@@ -64,7 +74,10 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     announce(config.announce, server.address)
     watch.start()
     board.start()
-    await _join(config, endpoint, watch, stack)
+    if folder is not None:
+        folder.follow(board.adopt)
+    http = await _http(config, door, view, service, stack)
+    await _join(config, endpoint, {"http": http} if http else {}, watch, stack)
     if config.wait_engines:
         log.info("waiting for %d engines", config.wait_engines)
         await view.wait_connected(config.wait_engines)
@@ -75,11 +88,38 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     return server
 
 
-async def _join(config: RouterConfig, endpoint: Endpoint, watch: MeshWatch, stack: AsyncExitStack) -> None:
+async def _folder(config: RouterConfig, stack: AsyncExitStack) -> StrategyFolder | None:
+    """The folder of own strategies, read once, if there is to be one. Raises InvalidArgument."""
+    if not config.strategy_dir:
+        return None
+    folder = StrategyFolder(config.strategy_dir, catalog())
+    stack.push_async_callback(folder.close)
+    await folder.scan()
+    return folder
+
+
+async def _http(config: RouterConfig, door: Door, view: MeshView, service: RouterService, stack: AsyncExitStack) -> str:
+    """Opens the HTTP door, if there is to be one; its address."""
+    if not config.http:
+        return ""
+    from services.router.http.server import make_app, serving
+
+    traces = [Path(config.trace_dir) if config.trace_dir else home() / "traces"]
+    address = await stack.enter_async_context(serving(config.http, make_app(door, view, service, traces)))
+    log.info("HTTP on http://%s", address)
+    if config.announce:
+        announce(f"{config.announce}.http", address)
+    return address
+
+
+async def _join(
+    config: RouterConfig, endpoint: Endpoint, labels: dict[str, str], watch: MeshWatch, stack: AsyncExitStack
+) -> None:
     """Becomes a member, and waits until the watch has seen it: then the snapshot has come."""
     member = Member(
         endpoint=endpoint,
         kind=MEMBER_KIND_ROUTER,
+        labels=labels,
         host_id=host_id(),
         started_unix_ms=int(time.time() * 1000),
         pid=os.getpid(),

@@ -21,6 +21,8 @@ from kvmesh.v1.engine_pb2 import GenerateFinished, ModelInfo
 from services.router.attempt import Attempt
 from services.router.handles import EngineHandle
 from services.router.ledger import Ledger
+from services.router.link import EngineLink
+from services.router.policies import all_policies
 from services.router.view import MeshView
 
 log = logging.getLogger(__name__)
@@ -50,6 +52,7 @@ class Runtime:
     def __init__(self, view: MeshView, tracer: Tracer) -> None:
         self._view = view
         self._tracer = tracer
+        self._policies = all_policies()
         self._background = Tasks()
 
     async def run(self, job: Job) -> AsyncGenerator[Chunk, None]:
@@ -65,7 +68,7 @@ class Runtime:
             request = _going_on(job)
             span = self._span(job)
             attempt = Attempt(request, job.ledger, self._tracer, span, self._background)
-            chunks = job.strategy(request, Mesh([EngineHandle(attempt, link) for link in links]), **job.params)
+            chunks = job.strategy(request, self._mesh(attempt, links), **job.params)
             try:
                 finished = False
                 async for chunk in chunks:
@@ -102,6 +105,9 @@ class Runtime:
                 return
         raise failure or Unavailable(f"no engine that serves {job.model.name} is alive")
 
+    def _mesh(self, attempt: Attempt, links: Sequence[EngineLink]) -> Mesh:
+        return Mesh([EngineHandle(attempt, link) for link in links], self._policies)
+
     def _span(self, job: Job) -> Span:
         if not job.span.is_recording():
             return job.span
@@ -137,8 +143,8 @@ def _allowed(job: Job) -> int:
 def _complete(job: Job) -> GenerateFinished | None:
     """The end that the failed engine did not come to tell, if the tokens streamed are all there is."""
     sampling = job.request.sampling
-    ends: Sequence[int] = () if sampling.ignore_eos else (*job.model.eos_token_ids, *sampling.stop_token_ids)
-    if job.streamed and job.streamed[-1] in ends:
+    eos: Sequence[int] = () if sampling.ignore_eos else job.model.eos_token_ids
+    if job.streamed and job.streamed[-1] in (*eos, *sampling.stop_token_ids):
         return GenerateFinished(reason=FINISH_REASON_STOP_TOKEN, stop_token_id=job.streamed[-1])
     if len(job.streamed) >= _allowed(job):
         return GenerateFinished(reason=FINISH_REASON_LENGTH)

@@ -16,13 +16,21 @@ log = logging.getLogger(__name__)
 
 
 class MeshView:
-    """Engines by name. `update` takes the members as the registry knows them; links come and go with it."""
+    """Engines by name. `update` takes the members as the registry knows them; links come and go with it.
 
-    def __init__(self, on_model: Callable[[ModelInfo], object] = lambda model: None) -> None:
+    `make_link` makes a link of member, tasks and what it calls when it changes.
+    """
+
+    def __init__(
+        self,
+        on_model: Callable[[ModelInfo], object] = lambda model: None,
+        make_link: Callable[[Member, Tasks, Callable[[], None]], EngineLink] = EngineLink,
+    ) -> None:
         self.links: dict[str, EngineLink] = {}
         # Every model ever described here: one whose engines are all gone is unavailable, not unknown.
         self.models: dict[str, ModelInfo] = {}
         self._on_model = on_model
+        self._make_link = make_link
         self._tasks = Tasks()
         self._changed = asyncio.Event()
 
@@ -37,7 +45,7 @@ class MeshView:
         for name, member in engines.items():
             if name not in self.links:
                 log.info("engine %s at %s", name, member.endpoint.address)
-                self.links[name] = EngineLink(member, self._tasks, self._link_changed)
+                self.links[name] = self._make_link(member, self._tasks, self._link_changed)
 
     def _link_changed(self) -> None:
         for link in self.links.values():

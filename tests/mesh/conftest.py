@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 from direct import DirectEngine
-from hf_reference import Comparison, Reference
+from hf_reference import END, Comparison, Reference
 from mesh_process import RunningMesh
 from otlp_collector import Collector
 
@@ -50,12 +52,18 @@ def mesh_home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(mesh_home: Path) -> Path:
-    """The tiny model."""
+    """The tiny model; END ends its sequences too, so that some answers end by themselves."""
     from kvmesh.local.tiny_model import tiny_model
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVMESH_HOME", str(mesh_home))
-        return tiny_model()
+        made = tiny_model()
+    folder = mesh_home / "models" / "tiny"
+    shutil.copytree(made, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config["eos_token_id"] = [config["eos_token_id"], END]
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -97,9 +105,8 @@ def comparison(reference: Reference, note: Callable[[str], None]) -> Iterator[Co
     """All answers of this run against the reference; counts them in the summary."""
     compared = Comparison(reference)
     yield compared
-    for kind, cases in compared.cases.items():
-        note(f"tokens: {kind}: {cases} cases compared with transformers, {compared.near.get(kind, 0)} near ties")
-    note(f"tokens: {sum(compared.cases.values())} cases in all, {sum(compared.near.values())} near ties")
+    for line in compared.lines():
+        note(f"tokens: {line}")
     compared.check_rare()
 
 

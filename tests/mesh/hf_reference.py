@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import warnings
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# A second end of sequence, of a kind that is chosen now and then.
+END = ord("e")
 # Two logits nearer than this may change places when a prefill has another shape.
 NEAR = 1e-3
 # One case in so many may be such a near tie.
@@ -64,15 +67,16 @@ class Reference:
 
 @dataclass
 class Comparison:
-    """Answers held against the reference; `cases` and `near` count them by kind."""
+    """Answers held against the reference; `cases` and `near` count them by (way, state)."""
 
     reference: Reference
-    cases: dict[str, int] = field(default_factory=dict)
-    near: dict[str, int] = field(default_factory=dict)
+    cases: Counter[tuple[str, str]] = field(default_factory=Counter)
+    near: Counter[tuple[str, str]] = field(default_factory=Counter)
 
-    def check(self, kind: str, prompt: list[int], answer: list[int], count: int) -> None:
+    def check(self, way: str, state: str, prompt: list[int], answer: list[int], count: int) -> None:
         """Fails unless `answer` is the reference's `count` tokens, up to a near tie."""
-        self.cases[kind] = self.cases.get(kind, 0) + 1
+        kind = f"{way}, {state}"
+        self.cases[way, state] += 1
         expected = self.reference.tokens(prompt, count)
         assert len(answer) == count, f"{kind}: {len(answer)} tokens where {count} were due"
         if answer == expected:
@@ -85,8 +89,17 @@ class Comparison:
             f"{kind}: prompt of {len(prompt)} tokens, token {at} is {answer[at]}, the reference has {expected[at]} "
             f"(the two best logits are {gap:g} apart)"
         )
-        self.near[kind] = self.near.get(kind, 0) + 1
+        self.near[way, state] += 1
 
     def check_rare(self) -> None:
         """Fails when near ties are more than one case in RARE."""
-        assert sum(self.near.values()) * RARE <= sum(self.cases.values()), (self.near, self.cases)
+        assert self.near.total() * RARE <= self.cases.total(), (self.near, self.cases)
+
+    def lines(self) -> list[str]:
+        """The counts in words, a line for each way."""
+        lines = []
+        for way in dict.fromkeys(way for way, _ in self.cases):
+            counts = [f"{state} {n}" for (w, state), n in self.cases.items() if w == way]
+            lines.append(f"{way}: {', '.join(counts)}")
+        total = f"{self.cases.total()} cases compared with transformers, {self.near.total()} near ties"
+        return [*lines, total]

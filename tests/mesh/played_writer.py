@@ -40,12 +40,19 @@ def begin_of(ticket: Ticket, layout: KvLayout, begin: int, end: int, incarnation
 
 
 class PlayedWrite:
-    """One KvPeer.Write over an asyncio stub."""
+    """One KvPeer.Write over an asyncio stub. Used as `async with`: whatever happens, it has stopped afterwards."""
 
     def __init__(self, stub: Any, ticket: Ticket, layout: KvLayout) -> None:
         self._stub, self._ticket, self._layout = stub, ticket, layout
         self.incarnation, self.write_id = uuid.uuid4().hex, 7
         self.call: Any = stub.Write()
+
+    async def __aenter__(self) -> PlayedWrite:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        self.call.cancel()
+        await self.stopped()
 
     async def begin(self, begin: int | None = None, end: int | None = None) -> pb.WriteGrant:
         """Opens the write: by default of all that the ticket misses."""

@@ -21,7 +21,7 @@ from kvmesh.config import TraceConfig
 from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
-from kvmesh.grpcx import Server, channel
+from kvmesh.grpcx import Server, channel, split_address
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1 import common_pb2, engine_pb2, engine_pb2_grpc, kv_pb2, kv_pb2_grpc
@@ -193,14 +193,65 @@ async def two(
             await node.stop()
 
 
+class Wire:
+    """A TCP proxy to `address`, which can be cut and mended."""
+
+    def __init__(self, address: str) -> None:
+        self._target = split_address(address)
+        self._ends: set[asyncio.StreamWriter] = set()
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._whole = True
+
+    async def __aenter__(self) -> Wire:
+        self._server = await asyncio.start_server(self._connected, "127.0.0.1", 0)
+        self.address = f"127.0.0.1:{self._server.sockets[0].getsockname()[1]}"
+        return self
+
+    async def __aexit__(self, *error: Any) -> None:
+        self.cut()
+        self._server.close()
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def cut(self) -> None:
+        """Every connection breaks; new ones do too."""
+        self._whole = False
+        for end in self._ends:
+            end.transport.abort()
+        self._ends.clear()
+
+    def mend(self) -> None:
+        self._whole = True
+
+    async def _connected(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if not self._whole:
+            writer.transport.abort()
+            return
+        far_reader, far_writer = await asyncio.open_connection(*self._target)
+        self._ends |= {writer, far_writer}
+        for source, target in ((reader, far_writer), (far_reader, writer)):
+            self._tasks.add(asyncio.create_task(self._pump(source, target)))
+
+    async def _pump(self, source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        try:
+            while data := await source.read(65536):
+                target.write(data)
+                await target.drain()
+        except OSError:
+            pass
+        finally:
+            target.close()
+
+
 async def _main(settings: dict[str, Any]) -> None:
-    """Serves an engine until SIGTERM; `gates` are closed, and SIGUSR1 opens them; each one reached is told."""
+    """Serves an engine until SIGTERM; `gates` are closed, each one reached is told, and SIGUSR1 opens those."""
     node = EngineNode(settings["name"], FakeRuntime(chunk=settings.get("chunk", 32)))
     await node.start()
     gates = {name: node.runtime.gate(name, free) for name, free in settings.get("gates", {}).items()}
     loop, over = asyncio.get_running_loop(), asyncio.Event()
     loop.add_signal_handler(signal.SIGTERM, over.set)
-    loop.add_signal_handler(signal.SIGUSR1, lambda: [gate.open() for gate in gates.values()])
+    loop.add_signal_handler(signal.SIGUSR1, lambda: [g.open() for g in gates.values() if g.stopped])
     print(node.server.address, flush=True)
 
     async def tell(name: str) -> None:

@@ -68,6 +68,10 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
         self.stop_after: tuple[int, str] | None = None
         self.model = "fake"
         self.load = engine_pb2.LoadReport(free_slots=1000)
+        # What the prefix cache is told to hold, in blocks.
+        self.blocks: list[int] = []
+        self.cache_changes: list[engine_pb2.CacheChange] = []
+        self.watches: list[bool] = []
         self._changed = asyncio.Condition()
         self._last = 0
         self._revision = 0
@@ -115,6 +119,13 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
         """Streams a load report."""
         self.load = load
         self._revision += 1
+        await self.changed()
+
+    async def cache(self, stored: list[int], removed: list[int] | None = None) -> None:
+        """Streams a cache change to those who want it."""
+        change = engine_pb2.CacheChange(stored=stored, removed=removed or [])
+        self.blocks = [b for b in [*self.blocks, *stored] if b not in change.removed]
+        self.cache_changes.append(change)
         await self.changed()
 
     async def _enter(self, method: str, request: Any, context: Any) -> None:
@@ -237,12 +248,24 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
             runtime="fake",
         )
         await context.write(engine_pb2.EngineStatus(sequence=1, info=info))
-        sequence, seen = 1, -1
+        sequence, seen, told = 1, -1, len(self.cache_changes)
+        self.watches.append(request.cache)
+        if request.cache:
+            snapshot = engine_pb2.CacheChange(snapshot=True, stored=self.blocks)
+            await context.write(engine_pb2.EngineStatus(sequence=1, cache=snapshot))
+        await self.changed()
         while True:
             try:
                 async with asyncio.timeout(request.interval_ms / 1000), self._changed:
-                    await self._changed.wait_for(lambda seen=seen: self._revision != seen)  # type: ignore[misc]
+                    await self._changed.wait_for(
+                        lambda seen=seen, told=told: (  # type: ignore[misc]
+                            self._revision != seen or (request.cache and len(self.cache_changes) > told)
+                        )
+                    )
             except TimeoutError:
                 pass
             sequence, seen = sequence + 1, self._revision
+            for change in self.cache_changes[told:] if request.cache else ():
+                await context.write(engine_pb2.EngineStatus(sequence=sequence, cache=change))
+            told = len(self.cache_changes)
             await context.write(engine_pb2.EngineStatus(sequence=sequence, load=self.load))

@@ -75,6 +75,11 @@ class Gate:
         # How often it was come to, and how often it lets pass before it closes.
         self.times = self.free = 0
 
+    @property
+    def stopped(self) -> bool:
+        """Whether it was reached."""
+        return self._reached.is_set()
+
     def open(self) -> None:
         self._opened.set()
 

@@ -83,7 +83,7 @@ class Harness:
         """A stub of one more router on this mesh."""
         settings = {"wait_engines": len(self.engines), "trace_dir": str(self.traces), **settings}
         config = RouterConfig(listen="127.0.0.1:0", registry=self.registry.address, **settings)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             server = await start(config, self._stack)
         self.servers.append(server)
         ch = channel(server.address)

@@ -105,26 +105,33 @@ def test_only_shared_memory_that_the_engine_named_is_removed(place, tmp_path, mo
     shm = tmp_path / "shm"
     shm.mkdir()
     monkeypatch.setattr(cleanup, "SHM", shm)
-    incarnation = "0123456789abcdef" * 2
-    ours = [f"kvmesh-{incarnation}-r0", f"kvmesh-{incarnation}-r1", "sglang_loads_ab12cd34ef56_0a1b2c3d.shm"]
+    ours = ["sglang_loads_ab12cd34ef56_0a1b2c3d.shm", "sglang_loads_second-one_ffffffff.shm"]
     others = [
-        f"kvmesh-{incarnation}-r2",
-        f"kvmesh-{incarnation}-r10",
-        f"kvmesh-{'0' * 32}-r0",
         "sglang_loads_ab12cd34ef567_0a1b2c3d.shm",
         "sglang_loads_ab12cd34ef56_more_0a1b2c3d.shm",
+        "sglang_loads_ab12cd34ef56_0a1b2c3d.shm.more",
         "sglang_loads_other_0a1b2c3d.shm",
-        "kvmesh",
+        "sglang_loads_0a1b2c3d.shm",
+        "instance",
         "psm_1234",
     ]
     for name in ours + others:
         (shm / name).touch()
     run = tmp_path / "run"
     run.mkdir()
-    lines = [f"shm:{ours[0]}", f"  shm:{ours[1]}  ", "ab12cd34ef56", "", "gone-instance", f"shm:kvmesh-{'a' * 32}-r7"]
-    wrong = ["*", "?" * 5, "abc", "shm:", "shm:kvmesh", "shm:psm_1234", "shm:../run/instance", "../run/instance"]
-    wrong += [f"shm:kvmesh-{incarnation}-r", f"shm:kvmesh-{incarnation.upper()}-r2", f"kvmesh-{incarnation}-r2"]
-    wrong += ["other x", "sglang"]
+    lines = ["ab12cd34ef56", "  second-one  ", "", "gone-instance"]
+    wrong = [
+        "*",
+        "?" * 5,
+        "abc",
+        ".*",
+        "....",
+        "../shm/psm_1234",
+        "psm_1234",
+        "other x",
+        "../run/instance",
+        "/etc/passwd",
+    ]
     (run / "instance").write_text("\n".join(lines + wrong))
     cleanup.remove_shared_memory(run)
     assert sorted(p.name for p in shm.iterdir()) == sorted(others)
@@ -145,11 +152,11 @@ def test_a_process_name_in_mesh_json_that_is_a_path_leads_nowhere(place, tmp_pat
     shm = tmp_path / "shm"
     shm.mkdir()
     monkeypatch.setattr(cleanup, "SHM", shm)
-    name = f"kvmesh-{'0' * 32}-r0"
+    name = "sglang_loads_ab12cd34ef56_0a1b2c3d.shm"
     (shm / name).touch()
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
-    (elsewhere / "instance").write_text(f"shm:{name}\n")
+    (elsewhere / "instance").write_text("ab12cd34ef56\n")
     work = scratch.make(place.root)
     state = left(place, work, DEAD)
     state.processes[0].name = os.path.relpath(elsewhere, work)

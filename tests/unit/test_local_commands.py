@@ -3,6 +3,7 @@
 import asyncio
 import json
 import os
+import sys
 
 import grpc
 import pytest
@@ -151,16 +152,29 @@ async def test_what_the_router_refuses_is_one_line_and_status_1(h, arguments, me
 async def test_strategies_are_listed_shown_and_set(h):
     listed = (await kvmesh("strategy", "list")).stdout
     assert "data_parallel (in force)" in listed and "ratio=0.2 (float, 0 to 1)" in listed
-    assert (await kvmesh("strategy", "get")).stdout == "data_parallel (revision 0)\n"
+    assert (await kvmesh("strategy", "get")).stdout == "data_parallel policy=least_load (revision 0)\n"
     done = await kvmesh("strategy", "set", "prefill_decode", "min_remote=5")
-    assert done.stdout.startswith("prefill_decode min_remote=5 prefill=1 (revision ")
-    assert (await kvmesh("strategy", "get")).stdout == done.stdout
+    assert done.stdout.startswith("prefill_decode min_remote=5 policy=least_load prefill=1 (revision ")
+    shown = done.stdout + "before: data_parallel (revision 0, replaced)\n"
+    assert (await kvmesh("strategy", "get")).stdout == shown
     await kvmesh("generate", "--tokens", IDS, "--max-new-tokens", "1")
     assert h.engines[0].methods() == ["RemoteSend"]
     for wrong in (("no_such",), ("prefill_decode", "min_remote=x"), ("prefill_decode", "no_such=1")):
         assert "Error: " in (await kvmesh("strategy", "set", *wrong, code=1)).stderr
     assert "is not KEY=VALUE" in (await kvmesh("strategy", "set", "prefill_decode", "x", code=2)).stderr
-    assert (await kvmesh("strategy", "get")).stdout == done.stdout
+    assert (await kvmesh("strategy", "get")).stdout == shown
+
+
+async def test_a_strategy_is_put_on_trial_and_taken_back(h):
+    trial = ("balanced_prefill_decode", "--share", "25", "--max-error-rate", "0.05", "--max-ttft", "2")
+    done = (await kvmesh("strategy", "set", *trial)).stdout
+    assert done.startswith("balanced_prefill_decode prefill=1 ratio=0.2 (revision 1, on trial for 25 % of the sessions")
+    assert "until over 5.0% fail, until the mean TTFT is over 2 s" in done
+    assert done in (await kvmesh("strategy", "get")).stdout
+    back = (await kvmesh("strategy", "rollback")).stdout
+    assert back == "data_parallel policy=least_load (revision 0)\n"
+    assert "rolled back: asked for" in (await kvmesh("strategy", "get")).stdout
+    assert "no choice before" in (await kvmesh("strategy", "rollback", code=1)).stderr
 
 
 async def test_trace_draws_the_request(h):
@@ -226,3 +240,21 @@ async def test_down_all_stops_what_it_can_and_tells_what_it_cannot():
     assert "will not remove '/etc'" in done.stderr
     assert done.stdout == "cleaned up after the mesh 'b', whose supervisor was dead\n"
     assert MeshDir("a").file.exists() and not MeshDir("b").file.exists()
+
+
+async def test_health_tells_by_its_exit_status():
+    from kvmesh.grpcx import Server
+
+    server = Server("127.0.0.1:0", lambda s: None, [])
+    await server.start()
+    try:
+        arguments = ["health", server.address, "--timeout", "0.5"]
+        not_yet = await asyncio.create_subprocess_exec(sys.executable, "-m", "kvmesh.cli", *arguments, stderr=-1)
+        _, said = await asyncio.wait_for(not_yet.communicate(), 20)
+        assert not_yet.returncode == 1 and b"does not serve" in said
+        await server.ready()
+        serving = await asyncio.create_subprocess_exec(sys.executable, "-m", "kvmesh.cli", *arguments[:2], stdout=-1)
+        out, _ = await asyncio.wait_for(serving.communicate(), 20)
+        assert serving.returncode == 0 and out == b"serving\n"
+    finally:
+        await server.stop(0)

@@ -85,8 +85,8 @@ async def test_they_are_stopped_in_reverse(place):
 
 
 async def test_a_child_that_crashes_is_told_and_cleaned_after(place):
-    shm = Path("/dev/shm") / f"kvmesh-{os.urandom(16).hex()}-r0"
-    other = Path("/dev/shm") / f"kvmesh-{os.urandom(16).hex()}-r0"
+    instance = os.urandom(6).hex()
+    shm, other = (Path("/dev/shm") / f"sglang_loads_{name}_00000000.shm" for name in (instance, f"{instance}0"))
     try:
         async with LocalMesh(place, "") as mesh:
             await mesh.start([lambda m: [script(m, "engine-0", PARENT), script(m, "engine-1")]], TIMEOUT)
@@ -94,7 +94,7 @@ async def test_a_child_that_crashes_is_told_and_cleaned_after(place):
             grandchild = int((mesh.work / "engine-0.address.child").read_text())
             for path in (shm, other):
                 path.write_bytes(b"x")
-            (mesh.work / "engine-0" / "instance").write_text(f"shm:{shm.name}\n")
+            (mesh.work / "engine-0" / "instance").write_text(f"{instance}\n")
             os.kill(crashing.id.pid, signal.SIGKILL)
             async with asyncio.timeout(TIMEOUT):
                 assert await mesh.deaths.get() is crashing

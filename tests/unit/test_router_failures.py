@@ -549,13 +549,12 @@ async def test_many_requests_while_the_strategy_changes_back_and_forth(h):
     changing = asyncio.create_task(change())
     try:
         results = []
-        for _ in range(5):
+        while len(results) < 50 or {r.started.strategy for r in results} != set(ALL):
             results += await asyncio.gather(*(h.generate(PROMPT[i:], 4) for i in range(10)))
     finally:
         changing.cancel()
         await asyncio.wait([changing])
-    assert [r.tokens for r in results] == [answer(PROMPT[i % 10 :], 4) for i in range(50)]
-    assert {r.started.strategy for r in results} == set(ALL)
+    assert [r.tokens for r in results] == [answer(PROMPT[i % 10 :], 4) for i in range(len(results))]
     await nothing_left(h)
 
 

@@ -18,6 +18,9 @@ class KvmeshCpuPlatform(CpuDeviceMixin, SRTPlatform):  # type: ignore[misc]
         """There is no device to pin for."""
         return False
 
+    def empty_cache(self) -> None:
+        """Nothing: there is no device memory to give back, and a full pass of gc would stop the scheduler for 0.6 s."""
+
     def get_default_attention_backend(self) -> str:
         """The only one that needs no kernels of its own."""
         return "torch_native"

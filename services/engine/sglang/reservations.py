@@ -70,6 +70,7 @@ class Reservations:
     def cancel(self, request: m.MeshCancelReserve) -> None:
         """The front does not wait any more; one that has been answered meanwhile is the front's to free."""
         if (waiting := self._waiting.pop(request.rid, None)) is not None:
+            self._tried = -1
             self._refuse(waiting, "no room within the time given")
 
     def retry(self) -> None:
@@ -83,6 +84,8 @@ class Reservations:
                 self._tried = free
                 return
             del self._waiting[rid]
+            # The next one may need less.
+            self._tried = -1
 
     def _room(self) -> int:
         return int(self._allocator.available_size()) + int(self._tree.evictable_size())

@@ -1,4 +1,8 @@
-"""Seeds for single requests: stock SGLang takes them only in its deterministic mode, and not together with min_p."""
+"""Sampling parameters as common.proto has them, where stock SGLang differs.
+
+Seeds for single requests: it takes them only in its deterministic mode, and not together with min_p. Stop tokens: with
+ignore_eos it does not look for them either.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,8 @@ import torch
 
 
 def register(hooks: Any, kind: Any) -> None:
-    """Makes every request sample by its own seed; the front gives one to each."""
+    """Makes every request sample by its own seed (the front gives one to each), and end with its own stop tokens."""
+    hooks.register("sglang.srt.managers.schedule_batch.Req._check_token_based_finish", _ended, kind.AROUND)
     hooks.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seed, kind.AFTER)
     if not torch.cuda.is_available():
         hooks.register("sglang.srt.layers.sampler.multinomial_with_seed", _choose, kind.REPLACE)
@@ -22,6 +27,17 @@ def _seed(info: Any, _cls: Any, batch: Any, *_args: Any, **_kwargs: Any) -> Any:
         seeds = [r.sampling_params.sampling_seed or 0 for r in batch.reqs]
         info.sampling_seed = torch.tensor(seeds, dtype=torch.int64, device=batch.device)
     return info
+
+
+def _ended(original: Any, req: Any, tokens: list[int]) -> Any:
+    params = req.sampling_params
+    if not params.ignore_eos or not params.stop_token_ids:
+        return original(req, tokens)
+    eos, req.eos_token_ids, params.ignore_eos = req.eos_token_ids, None, False
+    try:
+        return original(req, tokens)
+    finally:
+        req.eos_token_ids, params.ignore_eos = eos, True
 
 
 def _choose(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:

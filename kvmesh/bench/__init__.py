@@ -1,0 +1,1 @@
+"""Load on a mesh or any OpenAI-compatible server, and what came of it."""

@@ -1,0 +1,30 @@
+"""How fast an engine works, as a line over tokens or requests: what cost models reckon with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """`fixed + each * x`, in seconds."""
+
+    fixed: float
+    each: float
+
+    def at(self, x: float) -> float:
+        """Seconds for `x`; 0 for nothing."""
+        return self.fixed + self.each * x if x > 0 else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pace:
+    """What an engine's work takes. Guesses until `measured` (finished generations and sends) is above 0."""
+
+    # Over tokens prefilled.
+    prefill: Line = Line(0.01, 0.0002)
+    # Over tokens sent from here.
+    send: Line = Line(0.005, 0.00002)
+    # One decode step, over requests running.
+    step: Line = Line(0.02, 0.001)
+    measured: int = 0

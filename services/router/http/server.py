@@ -1,0 +1,115 @@
+"""The HTTP server, in the router's own event loop."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import socket
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+
+from kvmesh import __version__
+from kvmesh.errors import InvalidArgument, MeshError, NotFound, Unavailable
+from kvmesh.grpcx import join_address, split_address
+from services.router.door import Door
+from services.router.http.dashboard import Dashboard
+from services.router.http.errors import error_response
+from services.router.http.microserving import Microserving
+from services.router.http.openai import OpenAi
+from services.router.service import RouterService
+from services.router.view import MeshView
+
+log = logging.getLogger(__name__)
+
+STOP_S = 3.0
+
+
+def make_app(door: Door, view: MeshView, service: RouterService, traces: list[Path]) -> FastAPI:
+    """All routes; /docs and /openapi.json describe them. `traces`: folders of span files, for the dashboard."""
+    app = FastAPI(
+        title="kvmesh router", version=__version__, description="OpenAI's API, and kvmesh's sub-request calls."
+    )
+    app.include_router(OpenAi(door, view).router)
+    app.include_router(Microserving(view).router)
+    app.include_router(Dashboard(service, door.recent, traces).router)
+
+    @app.get("/health", tags=["health"])
+    async def health() -> Response:
+        """200 when a request can be served, else 503."""
+        if not view.connected:
+            return error_response(Unavailable("no engine is connected"))
+        return Response(status_code=200)
+
+    async def failed(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, MeshError)
+        return error_response(error)
+
+    async def malformed(_request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"] if part != "body")
+        return error_response(InvalidArgument(f"{where or 'body'}: {first['msg']}"))
+
+    async def unknown(request: Request, _error: Exception) -> Response:
+        return error_response(NotFound(f"there is no {request.method} {request.url.path}; see /docs"))
+
+    app.add_exception_handler(MeshError, failed)
+    app.add_exception_handler(RequestValidationError, malformed)
+    app.add_exception_handler(404, unknown)
+    return app
+
+
+class _Server(uvicorn.Server):
+    """Signals are the service's own matter."""
+
+    def __init__(self, config: uvicorn.Config) -> None:
+        super().__init__(config)
+        self.up = asyncio.Event()
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self.up.set()
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+@contextlib.asynccontextmanager
+async def serving(listen: str, app: Any) -> AsyncIterator[str]:
+    """Serves `app`; the address. Raises Unavailable when `listen` cannot be bound."""
+    host, port = split_address(listen)
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    bound = socket.socket(family)
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind((host, port))
+    except OSError as error:
+        bound.close()
+        raise Unavailable(f"cannot listen on {listen}: {error.strerror}") from error
+    config = uvicorn.Config(
+        app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=int(STOP_S), loop="none"
+    )
+    server = _Server(config)
+    task = asyncio.create_task(server.serve([bound]), name="http")
+    try:
+        up = asyncio.ensure_future(server.up.wait())
+        await asyncio.wait({up, task}, return_when=asyncio.FIRST_COMPLETED)
+        up.cancel()
+        if task.done():
+            task.result()
+            raise Unavailable(f"the HTTP server on {listen} ended at once")
+        yield join_address(host, bound.getsockname()[1])
+    finally:
+        server.should_exit = True
+        await asyncio.wait({task}, timeout=STOP_S + 1)
+        if not task.done():
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+        bound.close()

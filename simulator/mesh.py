@@ -1,0 +1,242 @@
+"""Router and simulated engines in one process: the services' own classes, on an in-process network."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AsyncExitStack
+from typing import Any, cast
+
+from kvmesh.aio import Tasks
+from kvmesh.bench.records import Record
+from kvmesh.bench.workloads import Ask
+from kvmesh.config import TraceConfig
+from kvmesh.endpoint.receiver import Receiver
+from kvmesh.endpoint.sender import Sender
+from kvmesh.endpoint.tickets import TicketBook
+from kvmesh.membership import SharedSettings
+from kvmesh.strategy import Load
+from kvmesh.telemetry import Telemetry
+from kvmesh.tokenizer import Tokenizers
+from kvmesh.v1.common_pb2 import Endpoint, SamplingParams
+from kvmesh.v1.engine_pb2 import CacheChange, EngineInfo
+from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
+from kvmesh.v1.router_pb2 import GenerateRequest, GenerateResponse
+from services.engine.main import describe
+from services.engine.service import EngineService
+from services.engine.sim.content import Arithmetic
+from services.engine.sim.faults import Faults
+from services.engine.sim.peers import LocalPeers
+from services.engine.sim.profile import Profile
+from services.engine.sim.runtime import SimRuntime
+from services.engine.status import PERIOD_S, Status
+from services.router.board import StrategyBoard, catalog
+from services.router.door import Door
+from services.router.link import EngineLink
+from services.router.runtime import Runtime as RouterRuntime
+from services.router.view import MeshView
+from simulator.network import Network
+
+HOST = "simulated"
+# Decode steps that are handed out together while nothing else happens.
+SPAN = 64
+
+
+class NoTokenizers:
+    """In place of kvmesh.tokenizer.Tokenizers: prompts are token ids."""
+
+    async def get(self, path: str) -> None:
+        """There is none."""
+
+
+class Node:
+    """One engine: all of the engine service, over a simulated runtime, without a server."""
+
+    def __init__(
+        self, name: str, profile: Profile, network: Network, peers: LocalPeers, arithmetic: Arithmetic, seed: int
+    ) -> None:
+        self.name = name
+        self.faults = Faults()
+        self.runtime = SimRuntime(
+            profile, peers, faults=self.faults, seed=seed, now=time.monotonic, span=SPAN, arithmetic=arithmetic
+        )
+        self._network = network
+        self._profile = profile
+        # At the same seed, the same.
+        incarnation = f"{random.Random(f'{seed} {name}').getrandbits(128):032x}"
+        self.endpoint = Endpoint(name=name, address=f"{name}:1", incarnation=incarnation)
+        self.info = EngineInfo()
+
+    async def start(self, stack: AsyncExitStack) -> None:
+        """Serves, until `stack` ends it."""
+        runtime = self.runtime
+        await runtime.start()
+        self.info = describe(self.endpoint, runtime, self._profile.model.name, "")
+        self.book = TicketBook(self.endpoint, runtime.layout.fingerprint, runtime.free)
+        receiver = Receiver(runtime, self.book, HOST)
+        sender = Sender(self.endpoint, runtime, HOST, self._network.channel)
+        self.status = Status(self.info, runtime, self.book)
+        tokenizers = cast("Tokenizers", NoTokenizers())
+        telemetry = Telemetry("engine", self.name, TraceConfig(trace_ratio=0))
+        service = EngineService(runtime, self.book, receiver, sender, self.status, tokenizers, telemetry)
+        self._network.serve(self.endpoint.address, service)
+        stack.push_async_callback(runtime.stop)
+        stack.push_async_callback(self.book.close)
+        stack.push_async_callback(sender.close)
+        stack.callback(self._network.leave, self.endpoint.address)
+
+    def kill(self) -> None:
+        """As a crash: whoever calls it is told so."""
+        self._network.leave(self.endpoint.address)
+
+    @property
+    def member(self) -> Member:
+        """As in the registry."""
+        return Member(endpoint=self.endpoint, kind=MEMBER_KIND_ENGINE, host_id=HOST)
+
+
+class SimLink(EngineLink):
+    """A link that reads the engine's status when it is asked, as old as a stream would have it at most.
+
+    A thousand streams of fifty messages a second would be most of the work of a simulation.
+    """
+
+    def __init__(
+        self, node: Node, network: Network, member: Member, tasks: Tasks, on_change: Callable[[], None]
+    ) -> None:
+        self._node = node
+        self._seen = Load()
+        self._seen_at = 0.0
+        super().__init__(member, tasks, on_change, network.channel)
+
+    async def _follow(self) -> None:
+        self._describe(self._node.info)
+        await self._node.runtime.died()
+        self._node.kill()
+        self._down()
+
+    @property
+    def load(self) -> Load:
+        """The last report plus credit."""
+        now, credits_ = time.monotonic(), self._credits
+        if now - self._seen_at >= PERIOD_S:
+            self._seen_at = self.reported = now
+            r = self._node.runtime.load
+            self._seen = Load(
+                running=r.running,
+                waiting=r.waiting + r.waiting_reservations,
+                waiting_tokens=r.waiting_tokens,
+                tickets=self._node.book.count,
+                sending=r.sending,
+                free_slots=r.free,
+                cached_slots=r.cached,
+            )
+            credits_.reported(now)
+        s = self._seen
+        if not credits_.requests:
+            return s
+        return Load(
+            s.running,
+            s.waiting,
+            s.waiting_tokens,
+            s.tickets,
+            s.sending,
+            s.free_slots,
+            s.cached_slots,
+            credits_.requests,
+            credits_.tokens,
+        )
+
+    def _reopen(self) -> None:
+        """The engine tells of its cache from now on, directly."""
+        index = self._cache
+        if index is None:
+            return
+
+        def tell(stored: Sequence[int], removed: Sequence[int], snapshot: bool) -> None:
+            index.apply(CacheChange(snapshot=snapshot, stored=stored, removed=removed))
+
+        self._node.runtime.on_cache = tell
+        self._node.runtime.watch_cache()
+
+
+class SimMesh:
+    """A router over `count` engines of one profile. `latency`: of a call between services, one way, in seconds."""
+
+    def __init__(self, profile: Profile, count: int, seed: int = 0, latency: float = 0.0005) -> None:
+        self.profile = profile
+        self._network = Network(latency)
+        peers = LocalPeers()
+        arithmetic = Arithmetic(profile.model.context_length)
+        self.nodes = [
+            Node(f"engine-{i}", profile, self._network, peers, arithmetic, seed * 100_003 + i) for i in range(count)
+        ]
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> SimMesh:
+        try:
+            for node in self.nodes:
+                await node.start(self._stack)
+            await self._start_router()
+        except BaseException:
+            await self._stack.aclose()
+            raise
+        return self
+
+    async def _start_router(self) -> None:
+        nodes = {node.name: node for node in self.nodes}
+
+        def make_link(member: Member, tasks: Tasks, on_change: Callable[[], None]) -> EngineLink:
+            return SimLink(nodes[member.endpoint.name], self._network, member, tasks, on_change)
+
+        self.view = MeshView(make_link=make_link)
+        self._stack.push_async_callback(self.view.close)
+        telemetry = Telemetry("router", "router", TraceConfig(trace_ratio=0))
+        # Settings are what a registry keeps: here each request names its strategy.
+        board = StrategyBoard(catalog(), "data_parallel", cast("SharedSettings", None))
+        runtime = RouterRuntime(self.view, telemetry.tracer)
+        self._stack.push_async_callback(runtime.close)
+        self.door = Door(self.view, board, runtime, cast("Tokenizers", NoTokenizers()), telemetry)
+        self.view.update({node.name: node.member for node in self.nodes})
+        async with asyncio.timeout(10):
+            await self.view.wait_connected(len(self.nodes))
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._stack.aclose()
+
+
+class MeshTarget:
+    """A load's target: the router of a SimMesh, by one strategy."""
+
+    def __init__(self, mesh: SimMesh, strategy: str, params: dict[str, str]) -> None:
+        self._mesh = mesh
+        self._strategy = strategy
+        self._params = params
+        self._number = 0
+
+    async def ask(self, ask: Ask, record: Record, timeout: float) -> None:
+        """One request."""
+        now = asyncio.get_running_loop().time
+        self._number += 1
+        request = GenerateRequest(
+            request_id=f"sim-{self._number}",
+            sampling=SamplingParams(max_new_tokens=ask.max_new_tokens, temperature=0, ignore_eos=True),
+            strategy=self._strategy,
+            strategy_params=self._params,
+            session=ask.session,
+        )
+        request.tokens.ids.extend(ask.tokens(self._mesh.profile.model.vocab_size))
+
+        async def take(message: GenerateResponse) -> None:
+            if message.HasField("delta"):
+                if message.delta.token_ids:
+                    record.tokens.append((now(), len(message.delta.token_ids)))
+            elif message.HasField("done"):
+                record.cached_tokens = message.done.usage.cached_tokens
+
+        await self._mesh.door.generate(request, None, timeout, take)
+
+    async def close(self) -> None:
+        """Nothing is kept open."""

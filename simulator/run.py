@@ -1,0 +1,63 @@
+"""One simulated run of one strategy."""
+
+from __future__ import annotations
+
+import random
+import time
+from dataclasses import dataclass
+
+from kvmesh.bench.records import Record
+from kvmesh.bench.run import Load
+from kvmesh.bench.run import run as run_load
+from services.engine.sim.profile import Profile
+from simulator.clock import run
+from simulator.mesh import MeshTarget, SimMesh
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy and its parameters; `text` is how it was written."""
+
+    text: str
+    strategy: str
+    params: dict[str, str]
+
+    @staticmethod
+    def parse(text: str) -> Choice:
+        """Of NAME or NAME,key=value,key=value. Raises InvalidArgument."""
+        from kvmesh.errors import InvalidArgument
+
+        name, *pairs = text.split(",")
+        params: dict[str, str] = {}
+        for pair in pairs:
+            key, equals, value = pair.partition("=")
+            if not (key and equals and value):
+                raise InvalidArgument(f"strategy {text!r}: {pair!r} is not KEY=VALUE")
+            params[key] = value
+        return Choice(text, name, params)
+
+
+@dataclass
+class Outcome:
+    """What a run gave. `virtual` and `real`: how long it took there and here, in seconds."""
+
+    records: list[Record]
+    virtual: float
+    real: float
+
+
+def simulate(
+    profile: Profile, engines: int, choice: Choice, load: Load, seed: int = 0, latency: float = 0.0005
+) -> Outcome:
+    """Runs it; the same at the same seed."""
+    random.seed(seed)
+    began = time.perf_counter()
+
+    async def whole() -> tuple[list[Record], float]:
+        start = time.monotonic()
+        async with SimMesh(profile, engines, seed, latency) as mesh:
+            records = await run_load(MeshTarget(mesh, choice.strategy, choice.params), load)
+            return records, time.monotonic() - start
+
+    records, virtual = run(whole())
+    return Outcome(records, virtual, time.perf_counter() - began)
