@@ -48,6 +48,9 @@ class Connection(abc.ABC):
     def close(self) -> None:
         """Lets go of the peer's memory. Only after the last write has returned."""
 
+    def wait_for(self, fence: object) -> None:  # noqa: B027
+        """Writes from now on read our pool as it is behind the fence (Transport.fence)."""
+
     def abort(self) -> None:  # noqa: B027
         """Makes a write that waits for the peer fail, from any thread. Those that never wait do nothing."""
 
@@ -75,6 +78,10 @@ class Transport(abc.ABC):
     @abc.abstractmethod
     def connect(self, peer: KvPool) -> Connection:
         """Opens the way into `peer`. Raises CannotConnect, InvalidArgument when its form does not fit."""
+
+    def fence(self) -> object:
+        """Stands for what the calling thread has had the device do so far; None where it is done already."""
+        return None
 
     def accept(self, meeting: Meeting, slots: Slots, seconds: float, done: Callable[[str], None]) -> Reception:
         """Two-sided: begins to take what a peer writes at `meeting` into our rows `slots`, for at most `seconds`.

@@ -11,6 +11,8 @@ ALL = ("cuda_ipc", "shm", "nccl", "gloo")
 # These reach memory of the same host only.
 HOST_ONLY = frozenset({"cuda_ipc", "shm"})
 AUTO = "auto"
+# What "auto" stands for: those that have run. The others are taken only when they are named.
+PROVEN = ("shm", "gloo")
 
 
 def choose(offered: Sequence[str], ours: Collection[str], same_host: bool, failed: Collection[str] = ()) -> str:
@@ -34,7 +36,7 @@ def choose(offered: Sequence[str], ours: Collection[str], same_host: bool, faile
 def wanted(setting: str) -> tuple[str, ...]:
     """The transports that a setting allows: "auto", or names with commas between. Raises InvalidArgument."""
     if setting == AUTO:
-        return ALL
+        return PROVEN
     names = tuple(setting.split(","))
     for name in names:
         if name not in ALL:

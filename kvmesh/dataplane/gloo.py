@@ -105,6 +105,11 @@ class GlooLink(Link):
         except RuntimeError as error:
             raise Unavailable("the connection is closed") from error
 
+    def wait_for(self, fence: object) -> None:
+        """A pool on a device is read by way of the host (never run)."""
+        if fence is not None:
+            fence.synchronize()  # type: ignore[attr-defined]
+
     def abort(self) -> None:
         """ProcessGroupGloo.abort wakes nobody; a receive whose time is up closes the connection under all others."""
         import torch

@@ -6,6 +6,7 @@ import abc
 import logging
 import threading
 from collections import OrderedDict
+from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
@@ -48,6 +49,16 @@ class Link(abc.ABC):
     @abc.abstractmethod
     def recv(self, data: torch.Tensor) -> Pending:
         """Begins to receive bytes."""
+
+    def scope(self) -> AbstractContextManager[None]:
+        """Copies between pool and frames are made within it."""
+        return nullcontext()
+
+    def wait_for(self, fence: object) -> None:  # noqa: B027
+        """As Connection.wait_for."""
+
+    def settle(self, deadline: float) -> None:  # noqa: B027
+        """Returns when copies that were begun within the scope are done. Raises Unavailable."""
 
     @abc.abstractmethod
     def abort(self) -> None:

@@ -107,6 +107,11 @@ class PairTransport(Transport):
         threading.Thread(target=reception.run, name=f"kvmesh-{self.name}-in", daemon=True).start()
         return reception
 
+    def fence(self) -> object:
+        """As the base says: only devices need one."""
+        device = self._pool.keys[0].device
+        return _fence(device) if device.type == "cuda" else None
+
     def close(self) -> None:
         """Ends all links that no write uses; nobody connects any more."""
         self._point.close()
@@ -141,7 +146,8 @@ class PairConnection(Connection):
         try:
             with self._frames.borrow(time.monotonic() + self._patience.stall) as frames:
                 try:
-                    self._send(frames, source)
+                    with self._link.scope():
+                        self._send(frames, source)
                 except BaseException:
                     # Before the frames are somebody else's.
                     self.abort()
@@ -167,6 +173,10 @@ class PairConnection(Connection):
             last = sent
         if last is not None:
             last.wait(time.monotonic() + stall)
+
+    def wait_for(self, fence: object) -> None:
+        """As the base says."""
+        self._link.wait_for(fence)
 
     def abort(self) -> None:
         """Both sides fail."""
@@ -234,8 +244,9 @@ class PairReception(Reception):
             if cancelled:
                 raise Unavailable("it was cancelled")
             at = 0
-            while at < len(self._slots):
-                at = self._piece(link, at)
+            with link.scope():
+                while at < len(self._slots):
+                    at = self._piece(link, at)
         except BaseException:
             link.abort()
             raise
@@ -267,7 +278,7 @@ class PairReception(Reception):
                         pending.wait(time.monotonic() + stall)
                         rows, more = self._read(header, at)
                         data = link.recv(frames[1 - i].bytes(rows))
-                    self._scatter(frames[i], begin, count)
+                    self._scatter(link, frames[i], begin, count)
                     if not goes_on:
                         return at
                     i = 1 - i
@@ -282,11 +293,22 @@ class PairReception(Reception):
             raise Internal(f"a frame of {rows} rows came where {len(self._slots) - at} are due")
         return rows, bool(more)
 
-    def _scatter(self, frame: Frame, at: int, rows: int) -> None:
+    def _scatter(self, link: Link, frame: Frame, at: int, rows: int) -> None:
         with self._lock:
             if self._cancelled:
                 raise Unavailable("it was cancelled")
             frame.scatter(self._transport._pool, self._slots[at : at + rows])
+            # Before the lock is let go: after a cancel nothing may be written.
+            frame.settle(self._transport._pool)
+            link.settle(time.monotonic() + self._transport._patience.stall)
+
+
+def _fence(device: torch.device | str) -> object:
+    import torch
+
+    event = torch.cuda.Event()
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _first_line(error: BaseException) -> str:

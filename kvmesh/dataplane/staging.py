@@ -61,6 +61,13 @@ class Frame:
         """Copies the frame's rows to rows `slots` of `pool`."""
         _copy(pool, slots, self.parts(len(slots)), into_pool=True)
 
+    def settle(self, pool: Pool) -> None:
+        """Returns when a scatter is done that went from the host's memory to a device (never run)."""
+        import torch
+
+        if self._bytes.device.type == "cpu" and (device := pool.keys[0].device).type == "cuda":
+            torch.cuda.current_stream(device).synchronize()
+
 
 def _copy(pool: Pool, slots: Slots, parts: list[torch.Tensor], into_pool: bool) -> None:
     import numpy as np

@@ -2,7 +2,7 @@
 
 import pytest
 
-from kvmesh.dataplane.choice import ALL, choose, wanted
+from kvmesh.dataplane.choice import PROVEN, choose, wanted
 from kvmesh.endpoint.pairs import IDLE, Pairs
 from kvmesh.errors import FailedPrecondition, InvalidArgument
 from kvmesh.v1.kv_pb2 import KvPool, Meeting
@@ -45,7 +45,8 @@ def test_refusals_say_why(offered, ours, same_host, failed, why):
 
 
 def test_settings():
-    assert wanted("auto") is ALL
+    assert wanted("auto") is PROVEN
+    assert wanted("cuda_ipc,gloo") == ("cuda_ipc", "gloo")
     assert wanted("gloo") == ("gloo",) and wanted("shm,gloo") == ("shm", "gloo")
     for bad in ("", "tcp", "shm,", "auto,shm", "SHM"):
         with pytest.raises(InvalidArgument, match="transport = "):

@@ -50,6 +50,7 @@ class _Piece:
     stream: Stream
     source: Slots
     target: Slots
+    fence: object
 
 
 class Copier:
@@ -75,7 +76,7 @@ class Copier:
     def submit(self, stream: Stream, source: Slots, target: Slots) -> None:
         """Copies rows `source` of our pool to rows `target` of the stream's peer, after what was submitted before."""
         stream.pending += 1
-        work = _Piece(stream, source, target)
+        work = _Piece(stream, source, target, self._transports[stream.transport].fence())
         lane = self._lanes.get(id(stream))
         if lane is not None:
             lane.work.put(work)
@@ -139,7 +140,10 @@ class Copier:
         try:
             if not stream.cancelled and not stream.error:
                 begin = time.monotonic_ns()
-                count = way().write(piece.source, piece.target)
+                connection = way()
+                if piece.fence is not None:
+                    connection.wait_for(piece.fence)
+                count = connection.write(piece.source, piece.target)
                 stream.pieces += (begin, time.monotonic_ns(), len(piece.source), count)
                 if stream.checksum:
                     stream.sums.append(checksum(self._pool, piece.source))

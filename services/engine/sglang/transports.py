@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from kvmesh.dataplane.base import CannotConnect, Pool, Transport
-from kvmesh.dataplane.choice import ALL, wanted
+from kvmesh.dataplane.choice import PROVEN, wanted
 from kvmesh.errors import InvalidArgument
 from services.engine.sglang.plugin import DATA_VARIABLE
 from services.engine.sglang.pool import ShmKvPool, layout_of
@@ -41,13 +41,13 @@ def make(pool: Any) -> tuple[Pool, dict[str, Transport]]:
     transports: dict[str, Transport] = {}
     for name in names:
         if name not in makers:
-            if names is not ALL:
+            if names is not PROVEN:
                 raise InvalidArgument(f"transport = {settings['transport']!r}: {name} cannot reach a pool like ours")
             continue
         try:
             transports[name] = makers[name]()
         except CannotConnect as error:
-            if names is not ALL:
+            if names is not PROVEN:
                 raise
             log.warning("no transport %s: %s", name, error)
     return ours, transports
@@ -63,4 +63,15 @@ def _makers(pool: Any, ours: Pool, host: str) -> dict[str, Callable[[], Transpor
             "shm": lambda: ShmTransport(pool.memory, ours),
             "gloo": lambda: PairTransport(ours, GlooLinks(host), host),
         }
-    return {}
+    if ours.keys[0].device.type != "cuda":
+        return {}
+    from kvmesh.dataplane.cuda_ipc import CudaIpcTransport
+    from kvmesh.dataplane.nccl import NcclLinks
+
+    device = ours.keys[0].device
+    return {
+        "cuda_ipc": lambda: CudaIpcTransport(ours),
+        "nccl": lambda: PairTransport(ours, NcclLinks(device), host, device=device),
+        # By way of the host's memory.
+        "gloo": lambda: PairTransport(ours, GlooLinks(host), host),
+    }
