@@ -33,7 +33,7 @@ class EngineConfig(ServiceConfig):
     chunk_tokens: int = setting(0, "Tokens prefilled in one pass; longer prompts go in chunks. [default: 512 on a CPU]")
     max_running: int = setting(0, "Requests decoded together. [default: SGLang's]")
     transport: str = setting(
-        "auto", "Ways to move KV: auto, which is shm and gloo; or those named of cuda_ipc, shm, nccl, gloo, as shm,gloo."
+        "auto", "Ways to move KV: auto, which is shm and gloo; or of cuda_ipc, shm, nccl, gloo those named: shm,gloo."
     )
     data_host: str = setting("", "Address that peers on other hosts send KV to. [default: the host of --advertise]")
     checksum: bool = setting(False, "Compare checksums of all KV that is sent or received.")

@@ -174,7 +174,7 @@ def test_memory_that_cannot_be_shared():
 def test_memory_that_cannot_be_mapped():
     _, _, memory, sender, receiver = transports(EVEN)
     memory.fail_open_at = 4
-    with pytest.raises(CannotConnect, match="cannot be mapped: .*peer access"):
+    with pytest.raises(CannotConnect, match=r"cannot be mapped: .*peer access"):
         sender.connect(receiver.describe())
     # What was mapped before the failure is closed.
     assert memory.open_now == []
@@ -300,7 +300,7 @@ class FakeNccl:
     def state(self, comm):
         with self.lock:
             self.looks += 1
-            unique, rank = self.comms[comm]
+            unique, _ = self.comms[comm]
             if comm in self.failed:
                 return self.failed[comm]
             if sum(u == unique for u, _ in self.comms.values()) < 2:
