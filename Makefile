@@ -3,10 +3,11 @@
 PYTHON ?= python3
 PY := .venv/bin/python
 BENCH ?=
+FIGURES ?=
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint types check format proto docs bench clean
+.PHONY: cluster help setup demo test lint types check format proto docs bench figures clean
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -36,11 +37,17 @@ proto: ## Generates the gRPC code from protos/ again.
 bench: setup ## Measures this machine: start, router overhead, copy rate; BENCH hands options on.
 	@$(PY) -m benchmarks $(BENCH)
 
+figures: setup ## Runs the published comparison of strategies on the simulator, into figures/; FIGURES hands options on.
+	@$(PY) -m benchmarks.figures --out figures $(FIGURES)
+
 docs: setup ## Brings the tables in docs/ up to date with settings and protos.
 	@$(PY) scripts/docs_tables.py
 
 format: setup ## Formats the code with ruff.
 	@$(PY) -m ruff format --quiet .
+
+cluster: ## Brings up deploy/docker-compose.yml with simulated engines; needs docker and compose.
+	@docker compose -f deploy/docker-compose.yml --profile sim up --build
 
 clean: ## Removes what was built in this clone; the environment that all clones share stays.
 	@rm -rf .venv build kvmesh.egg-info .mypy_cache .ruff_cache .pytest_cache

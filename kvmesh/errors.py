@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 if TYPE_CHECKING:
     import grpc
+
+
+# Trailing metadata of a failed call.
+TOLD, RETRY_AFTER = "kvmesh-told", "retry-after-ms"
 
 
 class MeshError(Exception):
@@ -13,6 +17,10 @@ class MeshError(Exception):
 
     # Name of the grpc.StatusCode, so that nobody needs grpc to raise one.
     status: ClassVar[str] = "UNKNOWN"
+    # Seconds after which the same call may go better; None: not known. Travels as metadata `retry-after-ms`.
+    retry_after: float | None = None
+    # Whether the service called has said so itself, and not gRPC on the way to it.
+    told: bool = False
 
     @property
     def code(self) -> grpc.StatusCode:
@@ -129,4 +137,10 @@ def from_rpc(error: grpc.aio.AioRpcError, peer: str = "") -> MeshError:
     """The MeshError of a failed call, blocking or asyncio; `peer`, who was called, begins its text."""
     status = error.code().name
     text = error.details() or status
-    return _BY_STATUS.get(status, MeshError)(f"{peer}: {text}" if peer else text)
+    result = _BY_STATUS.get(status, MeshError)(f"{peer}: {text}" if peer else text)
+    metadata: Any = error.trailing_metadata() or ()
+    trailing = {key: value for key, value in metadata if isinstance(value, str)}
+    result.told = TOLD in trailing
+    if (hint := trailing.get(RETRY_AFTER, "")).isdigit():
+        result.retry_after = int(hint) / 1000
+    return result

@@ -9,6 +9,7 @@ import asyncio
 import functools
 import inspect
 import logging
+import math
 import os
 import re
 import tempfile
@@ -18,7 +19,7 @@ from contextlib import aclosing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from kvmesh.errors import DeadlineExceeded, Internal, InvalidArgument, MeshError, Unavailable
+from kvmesh.errors import RETRY_AFTER, TOLD, DeadlineExceeded, Internal, InvalidArgument, MeshError, Unavailable
 
 if TYPE_CHECKING:
     import grpc
@@ -89,10 +90,22 @@ def announce(path: str | Path, address: str) -> None:
         raise
 
 
+def _keep_engine() -> None:
+    """Keeps gRPC's asyncio engine for the life of the process.
+
+    It ends with the last channel or server otherwise, which the garbage collector finds; and if a call was forgotten
+    there, that waits for ever.
+    """
+    import grpc.aio
+
+    grpc.aio.init_grpc_aio()  # type: ignore[attr-defined]
+
+
 def channel(address: str) -> grpc.aio.Channel:
     """An asyncio channel that connects, and reconnects, by itself; its owner closes it."""
     import grpc.aio
 
+    _keep_engine()
     return grpc.aio.insecure_channel(address, options=_CHANNEL)
 
 
@@ -168,6 +181,7 @@ class Server:
         host, _ = split_address(listen)
         self._names = list(names)
         self._health = Health(["", *names])
+        _keep_engine()
         self._server = grpc.aio.server(options=_SERVER)
         self._started = False
         register(self._server)
@@ -245,4 +259,7 @@ async def _refuse(method: Callable[..., Any], context: Any, error: Exception) ->
     text = str(error)
     if len(text) > STATUS_CHARS:
         text = f"{text[: STATUS_CHARS - 1]}…"
-    await context.abort(error.code, text)
+    trailing = [(TOLD, "1")]
+    if error.retry_after is not None:
+        trailing.append((RETRY_AFTER, str(math.ceil(error.retry_after * 1000))))
+    await context.abort(error.code, text, tuple(trailing))

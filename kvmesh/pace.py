@@ -25,6 +25,8 @@ class Pace:
     prefill: Line = Line(0.01, 0.0002)
     # Over tokens sent from here.
     send: Line = Line(0.005, 0.00002)
-    # One decode step, over requests running.
+    # One decode step, over requests running, were nothing prefilled meanwhile.
     step: Line = Line(0.02, 0.001)
+    # Share of the last seconds that went into prefilling, 0 to 0.9: decode steps take so much longer.
+    busy: float = 0.0
     measured: int = 0

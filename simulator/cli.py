@@ -50,7 +50,7 @@ def sim(
         load.on_progress = _progress(choice.text)
         outcome = simulate(engine, engines, choice, load, given["seed"], latency / 1000)
         about = {key: str(value) for key, value in given.items() if value}
-        about |= {"target": "simulator", "engines": engines, "profile": engine.name}
+        about |= {"target": "simulator", "engines": str(engines), "profile": engine.name}
         report = summarise(choice.text, outcome.records, warmup=given["warmup"], slo=slo_of(given), about=about)
         reports.append(report)
         click.echo(table(report))

@@ -19,7 +19,7 @@ class Stuck(RuntimeError):
     """Every task waits for something that will never come."""
 
 
-class _Selector(selectors.DefaultSelector):  # type: ignore[valid-type,misc]
+class _Selector(selectors.DefaultSelector):
     """Waits for nothing: what time it was told to wait is over."""
 
     def __init__(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any, cast
 
 from kvmesh.aio import Tasks
 from kvmesh.bench.records import Record
+from kvmesh.bench.targets import not_prefilled
 from kvmesh.bench.workloads import Ask
 from kvmesh.config import TraceConfig
 from kvmesh.endpoint.receiver import Receiver
@@ -32,6 +33,7 @@ from services.engine.sim.peers import LocalPeers
 from services.engine.sim.profile import Profile
 from services.engine.sim.runtime import SimRuntime
 from services.engine.status import PERIOD_S, Status
+from services.router.admission import Admission
 from services.router.board import StrategyBoard, catalog
 from services.router.door import Door
 from services.router.link import EngineLink
@@ -198,7 +200,9 @@ class SimMesh:
         board = StrategyBoard(catalog(), "data_parallel", cast("SharedSettings", None))
         runtime = RouterRuntime(self.view, telemetry.tracer)
         self._stack.push_async_callback(runtime.close)
-        self.door = Door(self.view, board, runtime, cast("Tokenizers", NoTokenizers()), telemetry)
+        # No limits: what waits, waits at the engines.
+        admission = Admission(0, 0, 0, time.monotonic)
+        self.door = Door(self.view, board, runtime, cast("Tokenizers", NoTokenizers()), telemetry, admission)
         self.view.update({node.name: node.member for node in self.nodes})
         async with asyncio.timeout(10):
             await self.view.wait_connected(len(self.nodes))
@@ -234,7 +238,7 @@ class MeshTarget:
                 if message.delta.token_ids:
                     record.tokens.append((now(), len(message.delta.token_ids)))
             elif message.HasField("done"):
-                record.cached_tokens = message.done.usage.cached_tokens
+                record.cached_tokens = not_prefilled(ask.prompt_tokens, message.done.shares)
 
         await self._mesh.door.generate(request, None, timeout, take)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from kvmesh.errors import Unavailable
 
@@ -132,12 +133,12 @@ class _Call(AsyncIterator[Any]):
             await asyncio.wait({self._task})
         code, details = self.status or (_OK, "")
         if code is not _OK:
-            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details=details)
-        return grpc.aio.EOF
+            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, "")
+        return EOF
 
     async def __anext__(self) -> Any:
         message = await self.read()
-        if message is grpc.aio.EOF:
+        if message is EOF:
             raise StopAsyncIteration
         return message
 
@@ -216,7 +217,7 @@ class Network:
     def method(self, address: str, name: str) -> Callable[[Any, Any], Any]:
         """What serves a call; without anybody there, what fails it as gRPC would."""
         servicer = self._servicers.get(address)
-        return _nobody if servicer is None else getattr(servicer, name)  # type: ignore[no-any-return]
+        return _nobody if servicer is None else getattr(servicer, name)
 
     def channel(self, address: str) -> grpc.aio.Channel:
         """As kvmesh.grpcx.channel."""

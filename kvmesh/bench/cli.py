@@ -111,7 +111,7 @@ def bench_run(
 
 
 @bench.command("compare")
-@click.argument("reports", nargs=-1, required=True, type=click.Path(exists=True, dir_okay=False, path_type=Path))
+@click.argument("reports", nargs=-1, required=True, type=_FILE)
 @click.option("--plot", type=_FILE, help="Write a picture there: .png, .svg or .pdf.")
 def bench_compare(reports: tuple[Path, ...], plot: Path | None) -> None:
     """Shows two or more reports side by side."""

@@ -144,8 +144,15 @@ def table(report: Report) -> str:
     return "\n".join(lines)
 
 
+def _correlation(first: Report, other: Report, measure: str) -> float:
+    """Of the times of each request in two runs of the same requests; NaN where that cannot be told."""
+    a, b = first.samples.get(measure, []), other.samples.get(measure, [])
+    same = len(a) == len(b) > 2 and first.about.get("seed") == other.about.get("seed")
+    return float(np.corrcoef(a, b)[0, 1]) if same and np.std(a) and np.std(b) else float("nan")
+
+
 def comparison(reports: Sequence[Report]) -> str:
-    """Several runs side by side, each relative to the first."""
+    """Several runs side by side, each relative to the first; how the times of their requests correlate with its."""
     width = max(14, *(len(r.name) + 2 for r in reports)) + 9
     rows: list[tuple[str, list[float], str]] = [
         ("requests/s", [r.requests_per_second for r in reports], ".2f"),
@@ -156,10 +163,13 @@ def comparison(reports: Sequence[Report]) -> str:
     ]
     for measure, title in MEASURES.items():
         rows += [(f"{title} {s}", [1000 * r.times[measure][s] for r in reports], ".1f") for s in STATISTICS]
+    for measure in ("ttft", "jct"):
+        rows.append((f"{measure.upper()} correlation", [_correlation(reports[0], r, measure) for r in reports], ".2f"))
     lines = [f"{'':<20}" + "".join(f"{r.name:>{width}}" for r in reports)]
     for title, values, form in rows:
         cells = [f"{value:{form}}" for value in values]
         for i in range(1, len(values)):
-            cells[i] += f" ({100 * (values[i] / values[0] - 1):+4.0f} %)" if values[0] else ""
+            relative = values[0] and "correlation" not in title
+            cells[i] += f" ({100 * (values[i] / values[0] - 1):+4.0f} %)" if relative else ""
         lines.append(f"{title:<20}" + "".join(f"{cell:>{width}}" for cell in cells))
     return "\n".join(lines)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import ssl
-from collections.abc import AsyncGenerator, AsyncIterator, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
 from contextlib import aclosing, suppress
 from typing import Any, Protocol
 from urllib.parse import urlsplit
@@ -14,6 +14,7 @@ from kvmesh.bench.records import Record
 from kvmesh.bench.workloads import Ask
 from kvmesh.client import AsyncClient
 from kvmesh.errors import InvalidArgument, MeshError, Unavailable
+from kvmesh.v1.router_pb2 import EngineShare
 
 
 class Target(Protocol):
@@ -59,7 +60,7 @@ class RouterTarget:
         async for delta in answer:
             if delta.token_ids:
                 record.tokens.append((now(), len(delta.token_ids)))
-        record.cached_tokens = answer.result.usage.cached_tokens
+        record.cached_tokens = not_prefilled(ask.prompt_tokens, answer.result.shares)
 
     async def close(self) -> None:
         """Hangs up."""
@@ -137,6 +138,11 @@ class OpenAITarget:
 
     async def close(self) -> None:
         """Nothing is kept open."""
+
+
+def not_prefilled(prompt_tokens: int, shares: Iterable[EngineShare]) -> int:
+    """What of a prompt no engine had to prefill."""
+    return max(0, prompt_tokens - sum(share.prefilled_tokens for share in shares))
 
 
 def _count(record: Record, usage: Mapping[str, Any]) -> None:

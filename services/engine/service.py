@@ -127,8 +127,8 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         """Sends KV to another endpoint."""
         ticket = request.ticket
         arrived = time.monotonic_ns()
-        about: dict[str, int | str] = {"request_id": request.owner, "receiver": ticket.receiver.name, "ticket": ticket.id}
-        with self._call("remote_send", context, **about) as span:
+        receiver = ticket.receiver.name
+        with self._call("remote_send", context, request_id=request.owner, receiver=receiver, ticket=ticket.id) as span:
             token_ids = list(request.token_ids)
             self._check_prompt(token_ids, request.model, request.owner)
             begin, end = check_range(request.begin, request.end, len(token_ids))

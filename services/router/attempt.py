@@ -128,9 +128,22 @@ class Attempt:
         return self.blame(link, result)
 
     def blame(self, link: EngineLink, error: MeshError) -> MeshError:
-        """Remembers that `error` comes from this engine."""
+        """Remembers that `error` comes from this engine, and charges it with what is a fault."""
         self._failures.append((error, link.name))
+        if isinstance(error, Internal | Unavailable):
+            link.failed()
         return error
+
+    def blame_for_send(self, link: EngineLink, receiver: str, error: grpc.aio.AioRpcError) -> MeshError:
+        """As `failure`, for a RemoteSend from `link`: charges the side that is at fault, the receiver as well."""
+        result = from_rpc(error, link.name)
+        if not (result.told and isinstance(result, Unavailable)):
+            return self.failure(link, error)
+        # The sender lives, and says that it cannot reach the receiver; or that it is stopping, which is nobody's fault.
+        self._failures.append((result, link.name))
+        if "stopping" not in str(result) and (other := self._links.get(receiver)) is not None:
+            other.failed()
+        return result
 
     def culprit(self, error: BaseException) -> str | None:
         """The engine that `error` comes from; None when it comes from elsewhere."""

@@ -63,6 +63,8 @@ class StrategyBoard:
         self._watchdog = Watchdog()
         # Revisions that are being taken back.
         self._falling: set[int] = set()
+        # The newest setting, if it could not be read here: perhaps it can when there are other strategies.
+        self._missed: Setting | None = None
         self.lineup = Lineup(self._choice(default, {}))
 
     @property
@@ -166,6 +168,8 @@ class StrategyBoard:
         main, trial = renewed(now.main), None if now.trial is None else renewed(now.trial)
         self.lineup = dataclasses.replace(now, main=main, trial=trial)
         self.strategies = {c.strategy.name: c.strategy for c in (main, trial) if c is not None} | fresh
+        if self._missed is not None:
+            self._take(self._missed)
 
     def _revisions(self) -> frozenset[int]:
         return frozenset(c.revision for c in (self.lineup.main, self.lineup.trial) if c is not None)
@@ -215,10 +219,15 @@ class StrategyBoard:
     async def _follow(self) -> None:
         async with aclosing(self._settings.watch(KEY)) as settings:
             async for setting in settings:
-                try:
-                    self._apply(self._read(setting))
-                except _UNREADABLE as error:
-                    log.warning("setting %s = %s is not taken: %s", KEY, setting.value, error)
+                self._take(setting)
+
+    def _take(self, setting: Setting) -> None:
+        self._missed = None
+        try:
+            self._apply(self._read(setting))
+        except _UNREADABLE as error:
+            self._missed = setting
+            log.warning("setting %s = %s is not taken: %s", KEY, setting.value, error)
 
     def _read(self, setting: Setting) -> Lineup:
         return Lineup.read(setting, self._choice)

@@ -23,6 +23,11 @@ class RouterConfig(ServiceConfig):
     name: str = setting("", "Name in the mesh. [default: router- and a random number]")
     default_strategy: str = setting("data_parallel", "Strategy in force until one has been set for the mesh.")
     strategy_dir: str = setting("", "Folder of strategies of your own, taken in again when a file changes.")
+    max_running: int = setting(2048, "Requests that run at once; more wait. 0: no limit.")
+    max_running_tokens: int = setting(
+        0, "Tokens of the requests that run at once, prompts and what is asked for; more wait. 0: no limit."
+    )
+    max_waiting: int = setting(2048, "Requests that wait; more are refused, with a hint when to come again.")
     wait_engines: int = setting(0, "Report ready only once so many engines are connected.")
 
     def __post_init__(self) -> None:
@@ -32,8 +37,9 @@ class RouterConfig(ServiceConfig):
             split_address(address)
         if self.name and not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", self.name):
             raise InvalidArgument(f"name = {self.name!r} is not [A-Za-z0-9._-], 1 to 63 characters")
-        if self.wait_engines < 0:
-            raise InvalidArgument(f"wait_engines = {self.wait_engines} is negative")
+        for name in ("max_running", "max_running_tokens", "max_waiting", "wait_engines"):
+            if (value := getattr(self, name)) < 0:
+                raise InvalidArgument(f"{name} = {value} is negative")
 
 
 @click.command()

@@ -15,12 +15,13 @@ from opentelemetry.trace import Span, SpanKind
 
 from kvmesh.errors import DeadlineExceeded, InvalidArgument
 from kvmesh.ranges import check_tokens
-from kvmesh.sampling import check_sampling
+from kvmesh.sampling import check_sampling, max_new_tokens
 from kvmesh.strategy import Request
 from kvmesh.telemetry import Telemetry, extract, fail, inject
 from kvmesh.tokenizer import Tokenizer, Tokenizers
 from kvmesh.v1 import router_pb2 as pb
 from kvmesh.v1.engine_pb2 import ModelInfo
+from services.router.admission import Admission
 from services.router.answer import Answer
 from services.router.board import StrategyBoard
 from services.router.ledger import Ledger
@@ -53,13 +54,20 @@ class Door:
     """Runs requests. What it is given stays its giver's."""
 
     def __init__(
-        self, view: MeshView, board: StrategyBoard, runtime: Runtime, tokenizers: Tokenizers, telemetry: Telemetry
+        self,
+        view: MeshView,
+        board: StrategyBoard,
+        runtime: Runtime,
+        tokenizers: Tokenizers,
+        telemetry: Telemetry,
+        admission: Admission | None = None,
     ) -> None:
         self._view = view
         self._board = board
         self._runtime = runtime
         self._tokenizers = tokenizers
         self._tracer = telemetry.tracer
+        self._admission = admission or Admission(0, 0, 0)
         self._running: set[str] = set()
         self.recent = Recent()
         # Called with each request that is over.
@@ -67,8 +75,13 @@ class Door:
 
     @property
     def running(self) -> int:
-        """Requests under way."""
-        return len(self._running)
+        """Requests under way that do not wait for admission."""
+        return len(self._running) - self.waiting
+
+    @property
+    def waiting(self) -> int:
+        """Requests that wait for admission."""
+        return self._admission.waiting
 
     async def generate(
         self, request: pb.GenerateRequest, metadata: Iterable[tuple[str, Any]] | None, timeout: float, write: Write
@@ -156,8 +169,18 @@ class Door:
             ledger,
             span,
         )
+        asked = max_new_tokens(request.sampling, prompt.model.context_length, len(prompt.token_ids))
+        cost = len(prompt.token_ids) + asked
+        async with self._admission.entered(request.tenant, request.priority, cost, deadline):
+            await self._serve(job, choice, prompt, write)
+
+    async def _serve(self, job: Job, choice: Choice, prompt: Prompt, write: Write) -> None:
+        request, span, ledger = job.request, job.span, job.ledger
+        received = ledger.received
+        if span.is_recording():
+            span.set_attribute("kvmesh.admission_s", time.monotonic() - received)
         started = pb.GenerateStarted(
-            request_id=request_id,
+            request_id=request.request_id,
             strategy=choice.strategy.name,
             strategy_revision=choice.revision,
             prompt_tokens=len(prompt.token_ids),
@@ -166,7 +189,7 @@ class Door:
         await write(pb.GenerateResponse(started=started))
         detokenizer = None if prompt.tokenizer is None else prompt.tokenizer.detokenizer(prompt.token_ids)
         answer = Answer(detokenizer, request.sampling.stop_strings)
-        with self._board.judging(choice, ledger, deadline):
+        with self._board.judging(choice, ledger, request.deadline):
             await self._stream(job, answer, write)
         if (rest := answer.finish()) is not None:
             await write(pb.GenerateResponse(delta=rest))

@@ -68,8 +68,11 @@ class StrategyFolder:
         self._tasks.start(self._follow(), "follow the strategy folder")
 
     async def close(self) -> None:
-        """Stops looking."""
+        """Stops looking, and lets go of the files."""
         await self._tasks.close()
+        for file in self._files.values():
+            if file.loaded is not None:
+                file.loaded.drop()
 
     async def scan(self) -> None:
         """Takes in what has changed since the last time."""

@@ -54,6 +54,7 @@ class Generation(Generating):
             model=self._attempt.request.model,
         )
         self._attempt.charge(self._link, len(self._token_ids) - self._begin)
+        self._link.meter.prefilling(len(self._token_ids) - self._begin)
         self._call = self._link.engine.StartGenerate(request, timeout=timeout, metadata=inject(self._span))
 
     async def __anext__(self) -> Chunk:
@@ -105,6 +106,8 @@ class Generation(Generating):
         self._finished = True
         self._attempt.settle(self._link)
         self._attempt.ledger.finished(self._link.name, end, self._received)
+        self._link.breaker.good()
+        self._link.meter.prefilling(min(0, self._begin - end.usage.cached_tokens))
         self._link.meter.generated(end.usage, self._link.report.running_requests)
         if self._span.is_recording():
             usage = end.usage

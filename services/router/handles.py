@@ -119,6 +119,7 @@ class EngineHandle(Engine):
             raise InvalidArgument(f"ticket {ticket.proto.id} of {ticket.engine} was used or released")
         a.use(link)
         a.charge(link, end - begin)
+        link.meter.prefilling(end - begin)
         span = a.child("remote_send", link, begin=begin, end=end, receiver=ticket.engine)
         request = RemoteSendRequest(
             token_ids=token_ids,
@@ -138,7 +139,9 @@ class EngineHandle(Engine):
             reply = await call
             ticket.filled, ticket.certain = end, certain
             a.ledger.sent(self.name, ticket.engine, reply)
+            link.meter.prefilling(reply.computed_tokens - (end - begin))
             link.meter.sent(reply)
+            link.breaker.good()
             if span.is_recording():
                 span.set_attributes(
                     {
@@ -151,7 +154,7 @@ class EngineHandle(Engine):
                 )
         except grpc.aio.AioRpcError as error:
             # UNAVAILABLE here may mean the receiver: whether this engine lives, its status stream tells.
-            fail(span, failure := a.failure(link, error))
+            fail(span, failure := a.blame_for_send(link, ticket.engine, error))
             raise failure from error
         except asyncio.CancelledError as error:
             fail(span, error)

@@ -20,6 +20,7 @@ from kvmesh.v1.engine_pb2 import EngineInfo, EngineStatus, LoadReport, WatchStat
 from kvmesh.v1.engine_pb2_grpc import EngineStub
 from kvmesh.v1.kv_pb2_grpc import KvEndpointStub
 from kvmesh.v1.registry_pb2 import Member
+from services.router.breaker import Breaker
 from services.router.credit import Credits
 from services.router.kvindex import CacheIndex
 from services.router.meter import Meter
@@ -59,6 +60,7 @@ class EngineLink:
         self._channel = connect(member.endpoint.address)
         self.kv = KvEndpointStub(self._channel)
         self.engine = EngineStub(self._channel)
+        self.breaker = Breaker()
         self.meter = Meter()
         self._cache: CacheIndex | None = None
         self._cache_asked = 0.0
@@ -86,6 +88,15 @@ class EngineLink:
             credit_requests=self._credits.requests,
             credit_tokens=self._credits.tokens,
         )
+
+    @property
+    def suspended(self) -> bool:
+        """Whether it failed so often that others are to go first for a while."""
+        return self.breaker.open(time.monotonic())
+
+    def failed(self) -> None:
+        """It failed, by its own fault."""
+        self.breaker.bad(time.monotonic())
 
     @property
     def block_tokens(self) -> int:

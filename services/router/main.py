@@ -20,6 +20,7 @@ from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1.common_pb2 import Endpoint
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ROUTER, Member
 from kvmesh.v1.router_pb2_grpc import add_RouterServicer_to_server
+from services.router.admission import Admission
 from services.router.board import StrategyBoard, catalog
 from services.router.cli import RouterConfig
 from services.router.door import Door
@@ -63,7 +64,8 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     stack.push_async_callback(runtime.close)
     watch = MeshWatch(config.registry, view.update)
     stack.push_async_callback(watch.close)
-    door = Door(view, board, runtime, tokenizers, telemetry)
+    admission = Admission(config.max_running, config.max_running_tokens, config.max_waiting)
+    door = Door(view, board, runtime, tokenizers, telemetry, admission)
     service = RouterService(endpoint, view, board, door, lambda: watch.connected, folder)
     RouterMetrics(await stack.enter_async_context(page("router", endpoint.name, config)), door, view)
     server = Server(config.listen, lambda s: add_RouterServicer_to_server(service, s), [NAME])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import math
+import time
+from collections.abc import Callable
+
 from kvmesh.pace import Line, Pace
 from kvmesh.v1.common_pb2 import GenerateUsage
 from kvmesh.v1.kv_pb2 import RemoteSendResponse
@@ -10,6 +14,8 @@ from kvmesh.v1.kv_pb2 import RemoteSendResponse
 KEEP = 0.98
 # Below this spread (relative variance of x) the slope cannot be told from the fixed part.
 SPREAD = 0.01
+# Over how long the share of time that goes into prefilling is taken, and its bound.
+RECENT_S, MOST_BUSY = 10.0, 0.9
 
 
 class Fit:
@@ -39,27 +45,41 @@ class Fit:
 
 
 class Meter:
-    """Measures one engine; `pace` is the result."""
+    """Measures one engine; `pace` is the result. Times are of `clock`, seconds."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._recent = 0.0
+        self._since = clock()
         guess = Pace()
         self._prefill, self._send, self._step = Fit(guess.prefill), Fit(guess.send), Fit(guess.step)
         self._measured = 0
-        self.pace = guess
+
+    @property
+    def pace(self) -> Pace:
+        """As measured up to now."""
+        return Pace(self._prefill.line, self._send.line, self._step.line, self._busy(), self._measured)
+
+    def prefilling(self, tokens: int) -> None:
+        """So many tokens are to be prefilled there; less than 0: so many turned out to be cached."""
+        now = self._clock()
+        self._recent = max(0.0, self._recent * math.exp((self._since - now) / RECENT_S) + tokens)
+        self._since = now
+
+    def _busy(self) -> float:
+        tokens = self._recent * math.exp((self._since - self._clock()) / RECENT_S)
+        return min(MOST_BUSY, self._prefill.line.each * tokens / RECENT_S)
 
     def generated(self, usage: GenerateUsage, running: int) -> None:
         """A generation ended well; `running` requests ran there at the time."""
         self._prefill.add(usage.prompt_tokens - usage.cached_tokens, usage.prefill_seconds)
         if usage.completion_tokens > 1:
-            self._step.add(max(1, running), usage.decode_seconds / (usage.completion_tokens - 1))
-        self._update()
+            step = usage.decode_seconds / (usage.completion_tokens - 1)
+            self._step.add(max(1, running), step * (1 - self._busy()))
+        self._measured += 1
 
     def sent(self, reply: RemoteSendResponse) -> None:
         """A send from this engine ended well."""
         self._prefill.add(reply.computed_tokens, reply.compute_seconds)
         self._send.add(reply.sent_tokens, reply.send_seconds)
-        self._update()
-
-    def _update(self) -> None:
         self._measured += 1
-        self.pace = Pace(self._prefill.line, self._send.line, self._step.line, self._measured)

@@ -92,6 +92,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
                 load=link.report,
                 connected=link.connected,
                 load_age_seconds=now - link.reported,
+                suspended=link.suspended,
             )
             for _, link in sorted(self._view.links.items())
         ]
@@ -100,5 +101,6 @@ class RouterService(router_pb2_grpc.RouterServicer):
             strategy=self._board.current.message(),
             registry_connected=self._registry_connected(),
             running_requests=self._door.running,
+            waiting_requests=self._door.waiting,
             router=self._endpoint,
         )

@@ -85,13 +85,13 @@ class MeshView:
         return self.models[name]
 
     def candidates(self, model: str, excluded: Collection[str] = ()) -> list[EngineLink]:
-        """Links to the engines that can serve `model` now; those under suspicion only if there is no other."""
+        """Links to the engines that can serve `model` now; those suspect or suspended only if there is no other."""
         up = [
             link
             for link in self.links.values()
             if link.connected and link.info is not None and link.info.model.name == model and link.name not in excluded
         ]
-        return [link for link in up if not link.suspect] or up
+        return [link for link in up if not (link.suspect or link.suspended)] or up
 
     async def close(self) -> None:
         """Closes every link."""

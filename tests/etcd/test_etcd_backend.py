@@ -142,7 +142,8 @@ async def test_watches_and_leases_survive_a_crash_of_etcd(own_etcd, own_registry
 async def test_without_etcd_every_call_is_unavailable_soon(own_etcd, own_registry):
     _, ch = own_registry
     stub = pbg.RegistryStub(ch)
-    lease = (await register(stub, "e0")).lease_id
+    # A lease that outlasts the test, however slow the machine.
+    lease = (await register(stub, "e0", ttl_ms=120000)).lease_id
     watch = stub.Watch(pb.WatchRequest())
     await read_until(watch, {"e0"})
     calls = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from direct import DirectEngine
 from hf_reference import END, Comparison, Reference
-from mesh_process import RunningMesh
+from mesh_process import RunningMesh, running
 from otlp_collector import Collector
 
 from kvmesh.client import AsyncClient
@@ -72,20 +72,6 @@ def collector() -> Iterator[Collector]:
     running = Collector()
     yield running
     running.close()
-
-
-def running(mesh: RunningMesh) -> Iterator[RunningMesh]:
-    """The mesh as a fixture's values: started, stopped whatever happens, and proven to have left nothing."""
-    try:
-        mesh.start()
-        yield mesh
-    finally:
-        mesh.stop()
-        mesh.clean_beside()
-    logs = mesh.logs
-    assert mesh.left() == []
-    for name, text in logs.items():
-        assert "Traceback" not in text, f"{name}:\n{text[-6000:]}"
 
 
 @pytest.fixture(scope="session")

@@ -100,6 +100,6 @@ class Comparison:
         lines = []
         for way in dict.fromkeys(way for way, _ in self.cases):
             counts = [f"{state} {n}" for (w, state), n in self.cases.items() if w == way]
-            lines.append(f"{way}: {', '.join(counts)}")
+            lines.append(f"{way}: {'; '.join(counts)}")
         total = f"{self.cases.total()} cases compared with transformers, {self.near.total()} near ties"
         return [*lines, total]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 import signal
@@ -13,6 +14,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 from kvmesh.local import cleanup, launch
@@ -71,6 +73,25 @@ class RunningMesh:
         """A kvmesh command line."""
         return [sys.executable, "-P", "-m", "kvmesh.cli", *words]
 
+    async def run(self, *words: str, timeout: float = 60.0) -> tuple[int, str, str]:
+        """Runs a kvmesh command: (exit status, output, errors)."""
+        process = await asyncio.create_subprocess_exec(
+            *self.command(*words),
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            env={**self.environment(), "COLUMNS": "160"},
+        )
+        try:
+            async with asyncio.timeout(timeout):
+                out, errors = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.wait()
+        assert process.returncode is not None
+        return process.returncode, out.decode(), errors.decode()
+
     def _spawn(self, command: Sequence[str], log: Path, environment: Mapping[str, str]) -> subprocess.Popen[bytes]:
         # Ended by the kernel should the test process die.
         launcher = [sys.executable, "-I", "-S", launch.__file__, str(os.getpid())]
@@ -113,20 +134,31 @@ class RunningMesh:
             return self._beside[name][1]
         return next(p.id.pid for p in self.state.processes if p.name == name)
 
+    @property
+    def engines(self) -> list[str]:
+        """Names of the engines that run."""
+        names = {p.name for p in self.state.processes if p.role == "engine"} | set(self._beside)
+        return sorted(name for name in names if self.alive(name))
+
     def alive(self, name: str) -> bool:
         """Whether a process runs."""
         found = ProcessId.of(self.pid(name))
         return found is not None and found.alive()
 
-    def kill(self, name: str) -> None:
-        """SIGKILL for one process; returns when it has ended."""
-        target = ProcessId.of(self.pid(name))
-        assert target is not None
+    def kill(self, name: str, part: str = "") -> None:
+        """SIGKILL for a process, or for that one of its session whose command has `part` in it.
+
+        Returns when all of the session has ended, by itself or by the supervisor's hand.
+        """
+        leader = ProcessId.of(self.pid(name))
+        assert leader is not None, f"{name} is gone already"
+        members = cleanup.session_members(leader)
+        target = next(m for m in members if part in " ".join(psutil.Process(m.pid).cmdline())) if part else leader
         os.kill(target.pid, signal.SIGKILL)
         for process in self._processes:
             if process.pid == target.pid:
                 process.wait(10)
-        assert cleanup.wait_gone([target], 10)
+        assert cleanup.wait_gone(members, 20), f"of {name} there is left: {cleanup.session_members(leader)}"
 
     def start_beside(self, name: str) -> None:
         """Starts an engine under the name of one that is dead, with `kvmesh engine`; returns once it has announced."""
@@ -177,25 +209,45 @@ class RunningMesh:
         for made in self._run_dirs:
             made.cleanup()
 
-    def left(self) -> list[str]:
-        """Processes and shared memory that are still there after `stop`, waiting a little for them to go."""
-        deadline = time.monotonic() + SETTLE_S
+    def left(self, patience: float = SETTLE_S) -> list[str]:
+        """Processes and shared memory that are still there after `stop`, waiting `patience` seconds for them to go."""
+        deadline = time.monotonic() + patience
         while (found := self._left()) and time.monotonic() < deadline:
             time.sleep(0.2)
         return found
 
     def _left(self) -> list[str]:
-        left = [f"process {m.pid} of session {leader.pid}" for leader in self._sessions
-                for m in cleanup.session_members(leader)]
+        left = [
+            f"process {m.pid} of session {leader.pid}"
+            for leader in self._sessions
+            for m in cleanup.session_members(leader)
+        ]
         mark = f"{MARK}={self._mark}".encode()
-        mapped: set[str] = set()
+        mapped: set[int] = set()
         for proc in Path("/proc").glob("[0-9]*"):
             with contextlib.suppress(OSError):
                 if mark in (proc / "environ").read_bytes().split(b"\0"):
                     left.append(f"process {proc.name}: {(proc / 'cmdline').read_bytes().decode()}")
-                for line in (proc / "maps").read_text().splitlines():
-                    if (at := line.find("/dev/shm/")) >= 0:
-                        mapped.add(line[at + 9 :].removesuffix(" (deleted)"))
+                lines = (proc / "maps").read_text().splitlines()
+                # A semaphore is mapped under another name than it has: its number tells.
+                mapped.update(int(line.split(maxsplit=5)[4]) for line in lines if str(SHM) in line)
         # What somebody else's process has mapped is in use, and not left by us: ours have all ended.
-        fresh = set(os.listdir(SHM)) - self._shm_before - mapped
-        return left + [f"/dev/shm/{name}" for name in sorted(fresh)]
+        for name in sorted(set(os.listdir(SHM)) - self._shm_before):
+            with contextlib.suppress(FileNotFoundError):
+                if (SHM / name).stat().st_ino not in mapped:
+                    left.append(f"/dev/shm/{name}")
+        return left
+
+
+def running(mesh: RunningMesh) -> Iterator[RunningMesh]:
+    """The mesh as a fixture's values: started, stopped whatever happens, and proven to have left nothing."""
+    try:
+        mesh.start()
+        yield mesh
+    finally:
+        mesh.stop()
+        mesh.clean_beside()
+    logs = mesh.logs
+    assert mesh.left() == []
+    for name, text in logs.items():
+        assert "Traceback" not in text, f"{name}:\n{text[-6000:]}"

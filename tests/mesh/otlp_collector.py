@@ -65,6 +65,18 @@ class Collector(TraceServiceServicer):  # type: ignore[misc]
                 self._changed.wait(left)
             return sorted(self._spans[trace_id], key=lambda s: s.start)
 
+    def find(self, key: str, value: Any, timeout: float) -> str:
+        """The trace of a span with that attribute; fails when none comes in time."""
+        deadline = time.monotonic() + timeout
+        with self._changed:
+            while True:
+                for trace_id, spans in self._spans.items():
+                    if any(span.attributes.get(key) == value for span in spans):
+                        return trace_id
+                left = deadline - time.monotonic()
+                assert left > 0, f"no span with {key} = {value!r} came within {timeout:g} s"
+                self._changed.wait(left)
+
     def close(self) -> None:
         """Stops serving."""
         self._server.stop(0.5).wait()

@@ -75,7 +75,7 @@ async def test_a_prompt_must_leave_room_for_one_token(client: AsyncClient, engin
 
 
 async def test_models(client: AsyncClient, engines: list[DirectEngine]) -> None:
-    sender, receiver = engines
+    receiver = engines[1]
     ticket = await receiver.prepare(GOOD, model=receiver.info.model.name)
     await refused(receiver.prepare(GOOD, model="other"), NOT_FOUND, "model = 'other'", receiver.info.model.name)
     await refused(receiver.generate(GOOD, model="other"), NOT_FOUND, "model = 'other'")

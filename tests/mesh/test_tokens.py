@@ -50,7 +50,9 @@ async def ask(client: AsyncClient, strategy: str, token_ids: list[int]) -> Resul
 
 def sent_up_to(strategy: str, n: int) -> int:
     """How far the decoding engine gets the KV of a prompt of `n` tokens from the other one."""
-    return {"data_parallel": 0, "prefill_decode": n - 1, "balanced_prefill_decode": min(n - 1, round(n * 0.7))}[strategy]
+    if strategy == "data_parallel":
+        return 0
+    return n - 1 if strategy == "prefill_decode" else min(n - 1, round(n * 0.7))
 
 
 def check_way(result: Result, strategy: str, n: int, matched: int, token_bytes: int, sender_has: int = 0) -> None:

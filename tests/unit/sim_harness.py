@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 from router_harness import Harness
@@ -36,6 +38,18 @@ def fast(**batching: Any) -> Profile:
     return profile_of(text.replace("base = 0.004", "base = 0.0002").replace("latency = 0.0005", "latency = 0.0"))
 
 
+def slowed(factor: float) -> Profile:
+    """tiny-cpu, so many times as slow: what the machine adds to it weighs less."""
+    p = load_profile("tiny-cpu")
+    times = {
+        part: dataclasses.replace(
+            getattr(p, part), **{k: factor * v for k, v in dataclasses.asdict(getattr(p, part)).items()}
+        )
+        for part in ("prefill", "decode")
+    }
+    return dataclasses.replace(p, **times)
+
+
 def profile_of(text: str) -> Profile:
     import tempfile
 
@@ -62,6 +76,8 @@ class SimHarness(Harness):
         self.stacks: list[AsyncExitStack] = []
 
     async def _start(self) -> None:
+        # Simulated models have no tokenizer; importing the library takes seconds.
+        self._stack.enter_context(patch("kvmesh.tokenizer._library", lambda: None))
         await self.start_registry("127.0.0.1:0")
         self._stack.push_async_callback(self.stop_registry)
         for i in range(self.count):

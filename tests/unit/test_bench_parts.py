@@ -118,6 +118,10 @@ def test_a_report_is_what_the_records_say(tmp_path):
     lines = comparison([again, slower]).splitlines()
     ttft = next(line for line in lines if line.startswith("TTFT ms mean"))
     assert ttft.split()[3:] == ["650.0", "1300.0", "(+100", "%)"]
+    one, two = ([record(i, 0.0, f, [0.01]) for i, f in enumerate(fs)] for fs in ((0.1, 0.3, 0.2), (0.5, 0.9, 0.7)))
+    lines = comparison([summarise("a", one), summarise("b", two)]).splitlines()
+    assert lines[-2].split() == ["TTFT", "correlation", "1.00", "1.00"]
+    assert "nan" in comparison([again, slower]).splitlines()[-1]
     assert slower.hit_rate is None and "not told" in table(slower)
     with pytest.raises(InvalidArgument, match="warm-up"):
         summarise("z", records, warmup=99)

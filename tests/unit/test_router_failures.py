@@ -355,7 +355,7 @@ async def test_the_deadline_passes_at_a_stage(h, name, stage):
 @pytest.mark.parametrize(
     ("fields", "code", "says"),
     [
-        ({"strategy": "none"}, CODES.NOT_FOUND, "strategy = 'none' is unknown; there is: balanced_prefill_decode, "),
+        ({"strategy": "none"}, CODES.NOT_FOUND, "strategy = 'none' is unknown; there is: adaptive, balanced_"),
         ({"strategy": "prefill_decode", "strategy_params": {"x": "1"}}, CODES.INVALID_ARGUMENT, "no parameter 'x'"),
         (
             {"strategy": "prefill_decode", "strategy_params": {"prefill": "0"}},

@@ -218,6 +218,19 @@ async def test_files_come_and_go(h, folder):
         await h.generate(PROMPT, strategy="more")
 
 
+async def test_a_router_that_gets_the_file_later_takes_the_setting_then(h, folder, tmp_path):
+    (tmp_path / "late").mkdir()
+    late = await h.start_router(strategy_dir=str(tmp_path / "late"))
+    await choose(h, "mine", n="1")
+    await asyncio.sleep(0.1)
+    h.router = late
+    assert (await h.generate(PROMPT)).started.strategy == "data_parallel"
+    (tmp_path / "late" / "mine.py").write_text(GOOD)
+    await until(h, "mine", bool)
+    started = (await h.generate(PROMPT)).started
+    assert (started.strategy, started.strategy_revision) == ("mine", 1)
+
+
 def test_what_is_built_in_stays(folder):
     made = StrategyFolder(str(folder), catalog())
     assert all(isinstance(s, Strategy) for s in made.strategies.values()) and made.strategies == catalog()

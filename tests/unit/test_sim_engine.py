@@ -1,7 +1,9 @@
 """Simulated engines in a real mesh: registry, router, tickets, transfers, faults."""
 
 import asyncio
+import os
 import random
+import signal
 import subprocess
 import sys
 import time
@@ -161,23 +163,6 @@ async def test_failing_transfers_and_hangs(tmp_path):
         await h.settled()
 
 
-async def test_steps_take_the_time_of_the_profile(tmp_path):
-    from services.engine.sim.profile import load_profile
-
-    profile = load_profile("tiny-cpu")
-    async with SimHarness(1, tmp=tmp_path, profile=profile) as h:
-        p = prompt(1, 600)
-        for slow in (1.0, 2.0):
-            h.runtimes[0].faults.slow = slow
-            await h.stubs[0][1].Flush(engine_pb2.FlushRequest())
-            got = await h.generate(p, 20, sampling=GREEDY)
-            prefill = profile.prefill_seconds([(0, 512)]) + profile.prefill_seconds([(512, 600)])
-            decode = sum(profile.decode_seconds(1, 601 + i) for i in range(19))
-            usage = got.done.usage
-            assert usage.prefill_seconds == pytest.approx(slow * prefill, abs=0.015)
-            assert usage.decode_seconds == pytest.approx(slow * decode, abs=0.03)
-
-
 async def test_seeds_and_stops(tmp_path):
     async with SimHarness(1, tmp=tmp_path) as h:
         p = prompt(1, 30)
@@ -217,6 +202,43 @@ def test_it_starts_quickly_and_small_without_torch(tmp_path):
     assert time.monotonic() - began < 10
 
 
+async def test_a_send_that_is_cancelled_writes_nothing_later(tmp_path):
+    """The chunk on its way arrives or is dropped before the sender says that it has stopped."""
+    async with SimHarness(2, tmp=tmp_path) as h:
+        sender, receiver = h.stubs[0][0], h.stubs[1][0]
+        p = prompt(11, 600)
+        ticket = (await receiver.PrepRecv(kv_pb2.PrepRecvRequest(token_ids=p, end=600))).ticket
+        request = kv_pb2.RemoteSendRequest(token_ids=p, begin=0, end=600, ticket=ticket)
+        call = sender.RemoteSend(request)
+        while not h.runtimes[0].load.sending:
+            await asyncio.sleep(0.001)
+        call.cancel()
+        await h.settled()
+        again = kv_pb2.PrepRecvRequest(token_ids=prompt(12, 600), end=600)
+        other = (await receiver.PrepRecv(again)).ticket
+        await receiver.Release(kv_pb2.ReleaseRequest(ticket=other))
+        got = await h.generate(prompt(12, 600), 5, strategy="data_parallel", sampling=GREEDY)
+        assert got.tokens == reference(prompt(12, 600), 5)
+        await h.settled()
+
+
+async def test_faults_are_read_again_on_a_signal(tmp_path):
+    path = tmp_path / "faults"
+    path.write_text("slow=1\n")
+    async with SimHarness(1, tmp=tmp_path, faults=(f"@{path}",)) as h:
+        faults = h.runtimes[0].faults
+        path.write_text("slow=3\ndrop_transfers=2\n")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        async with asyncio.timeout(5):
+            while faults.slow != 3:
+                await asyncio.sleep(0.005)
+        assert faults.drop_transfers == 2
+        path.write_text("melt=1")
+        os.kill(os.getpid(), signal.SIGUSR1)
+        await asyncio.sleep(0.05)
+        assert faults.slow == 3
+
+
 def test_either_a_model_or_a_simulation():
     from kvmesh.errors import InvalidArgument
     from services.engine.cli import EngineConfig
@@ -240,25 +262,56 @@ async def test_tickets_that_fill_the_pool_do_not_lock_it_up(tmp_path):
         await h.settled()
 
 
-async def test_a_profile_fitted_to_an_engine_has_its_speed(tmp_path):
-    """`kvmesh profile` on a simulated engine finds what that one was given."""
+async def test_an_engine_is_measured(tmp_path):
+    """`kvmesh profile`: what it asks of an engine, and that the result is a profile."""
+    from sim_harness import profile_of
+
     from services.engine.sim.measure import Plan, Probe, fit, measure
     from services.engine.sim.profile import load_profile
 
     given = load_profile("tiny-cpu")
     async with SimHarness(2, tmp=tmp_path, profile=given):
         probes = [Probe((tmp_path / f"s{i}").read_text().strip(), 1) for i in range(2)]
-        plan = Plan((64, 512, 1024, 2048), (1, 8), 2, given.batching.chunk_tokens)
+        plan = Plan((64, 512, 1024), (1, 4), 1, given.batching.chunk_tokens)
         for probe in probes:
             await probe.open()
-        measured = await measure(probes[0], probes[1], plan, lambda line: None)
+        said = []
+        measured = await measure(probes[0], probes[1], plan, said.append)
         found = fit("found", probes[0].info, measured, plan)
         for probe in probes:
             await probe.close()
-        assert measured.sends[-1][0] == 2048 * given.bytes_per_token
-    for tokens in (128, 2048):
-        chunks = [(b, min(b + 512, tokens)) for b in range(0, tokens, 512)]
-        was, now = (sum(p.prefill_seconds([c]) for c in chunks) for p in (given, found))
-        assert now == pytest.approx(was, rel=0.3)
-    for requests in (1, 8):
-        assert found.decode_seconds(requests, 300) == pytest.approx(given.decode_seconds(requests, 300), rel=0.3)
+    assert [n for n, _ in measured.prefill] == [64, 512, 1024] and len(said) == 8
+    assert [(b, round(kv)) for b, kv, _ in measured.decode] == [(1, 80), (1, 528), (4, 322), (4, 2114)]
+    assert [size for size, _ in measured.sends] == [n * given.bytes_per_token for n in (64, 512, 1024)]
+    assert all(t > 0.003 for *_, t in (*measured.prefill, *measured.decode))
+    assert found.model == given.model or found.model.layers == given.model.layers
+    assert found.batching.kv_tokens == given.batching.kv_tokens and found.device.startswith("simulated")
+    assert profile_of(found.dump()) == found
+
+
+def test_a_fit_finds_what_was_given():
+    from services.engine.sim.measure import Measured, Plan, fit
+    from services.engine.sim.profile import load_profile
+
+    given = load_profile("tiny-cpu")
+    plan = Plan((64, 300, 1024, 4096), (1, 2, 8), 1, 512)
+
+    def prefill(n):
+        return sum(given.prefill_seconds([(b, min(b + 512, n))]) for b in range(0, n, 512))
+
+    measured = Measured(
+        [(n, prefill(n)) for n in plan.lengths],
+        [(b, b * kv, given.decode_seconds(b, b * kv)) for b in plan.batches for kv in (100, 2000)],
+        [(n, 0.002 + n / 3e9) for n in (1000, 10**6, 10**8)],
+    )
+    info = engine_pb2.EngineInfo(layout=given.layout.message(), total_slots=1000, device="cpu", runtime="r")
+    info.model.name, info.model.vocab_size, info.model.context_length = "m", 384, 8192
+    found = fit("f", info, measured, plan)
+    for part in ("prefill", "decode"):
+        was, now = getattr(given, part), getattr(found, part)
+        for name in was.__dataclass_fields__:
+            assert getattr(now, name) == pytest.approx(getattr(was, name), rel=1e-4), (part, name)
+    assert found.transfer.bytes_per_second == pytest.approx(3e9, rel=1e-4) and found.fitted["prefill_error"] < 1e-6
+    # Nothing is below 0, whatever was measured.
+    odd = Measured([(64, 0.02), (128, 0.01), (512, 0.01)], measured.decode, [])
+    assert min(fit("f", info, odd, plan).prefill.__dict__.values()) >= 0

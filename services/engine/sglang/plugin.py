@@ -6,6 +6,7 @@ Both do nothing unless the process was started by `kvmesh engine`, which sets EN
 from __future__ import annotations
 
 import os
+import threading
 from typing import Any
 
 # Set by the front for its scheduler processes; the value names the memory of the KV pool.
@@ -33,10 +34,13 @@ def register() -> None:
     from sglang.srt.managers import io_struct
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from tqdm import tqdm
 
     from services.engine.sglang import cache, messages, sampling
 
     io_struct.hook_custom_types(*messages.ALL)
+    # Its own lock is a named semaphore, which a process that is killed leaves in /dev/shm.
+    tqdm.set_lock(threading.RLock())
     if CACHE not in registered_radix_cache_backends():
         register_radix_cache_backend(CACHE, cache.factory)
     for method, hook, kind in (

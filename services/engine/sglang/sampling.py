@@ -1,19 +1,21 @@
 """Sampling parameters as common.proto has them, where stock SGLang differs.
 
 Seeds for single requests: it takes them only in its deterministic mode, and not together with min_p. Stop tokens: with
-ignore_eos it does not look for them either.
+ignore_eos it does not look for them either. Log-probabilities: it gives them after penalties.
 """
 
 from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import torch
 
 
 def register(hooks: Any, kind: Any) -> None:
-    """Makes every request sample by its own seed (the front gives one to each), and end with its own stop tokens."""
+    """Puts the hooks into a scheduler process. Every request samples by its own seed: the front gives one to each."""
     hooks.register("sglang.srt.managers.schedule_batch.Req._check_token_based_finish", _ended, kind.AROUND)
+    hooks.register("sglang.srt.model_executor.model_runner.ModelRunner.sample", _with_logprobs, kind.AROUND)
     hooks.register("sglang.srt.sampling.sampling_batch_info.SamplingBatchInfo.from_schedule_batch", _seed, kind.AFTER)
     if not torch.cuda.is_available():
         hooks.register("sglang.srt.layers.sampler.multinomial_with_seed", _choose, kind.REPLACE)
@@ -40,16 +42,27 @@ def _ended(original: Any, req: Any, tokens: list[int]) -> Any:
         req.eos_token_ids, params.ignore_eos = eos, True
 
 
+def _with_logprobs(original: Any, runner: Any, output: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+    penalties = batch.sampling_info.penalizer_orchestrator
+    if not batch.return_logprob or penalties is None or not penalties.is_required:
+        return original(runner, output, batch, *args, **kwargs)
+    # Penalties are applied in place.
+    logprobs = torch.log_softmax(output.next_token_logits.float(), dim=-1)
+    chosen = original(runner, output, batch, *args, **kwargs)
+    output.next_token_logprobs = logprobs.gather(1, chosen.to(torch.int64).view(-1, 1)).view(-1)
+    return chosen
+
+
 def _choose(logprobs: torch.Tensor, seed: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
     """One index a row of `logprobs` [batch, vocab], drawn by seed and position; the stock one is a Triton kernel.
 
     Largest of log-probability plus Gumbel noise (the Gumbel-max trick).
     """
     chosen = torch.empty(len(logprobs), 1, dtype=torch.int64)
-    generator = torch.Generator()
-    for i, (number, at) in enumerate(zip(seed.tolist(), positions.tolist(), strict=True)):
-        generator.manual_seed((number << 32) + at)
-        noise = torch.empty(logprobs.shape[1], dtype=torch.float64).exponential_(generator=generator).log_().neg_()
+    for i, key in enumerate(zip(seed.tolist(), positions.tolist(), strict=True)):
+        # Not torch's generator: it looks at 32 bits of a seed, and here they must be both numbers.
+        draws = np.random.Generator(np.random.Philox(key=key)).standard_exponential(logprobs.shape[1])
+        noise = torch.from_numpy(draws).log_().neg_()
         chosen[i] = torch.argmax(logprobs[i].to(torch.float64) + noise)
     return chosen
 
@@ -72,12 +85,8 @@ def _sample(
     dropped = (rank >= top_ks.view(-1, 1)) | (before > top_ps.view(-1, 1))
     if need_min_p_sampling:
         dropped |= ordered < ordered[:, :1] * min_ps.view(-1, 1)
-    kept = ordered.masked_fill(dropped, 0.0)
+    # In the order of the vocabulary again: a seed draws the same whether others in the batch have anything cut or not.
+    kept = probs.masked_fill(torch.zeros_like(dropped).scatter_(1, ids, dropped), 0.0)
     if sampling_seed is None:
-        chosen = torch.multinomial(kept, num_samples=1)
-    else:
-        # Scaled to sum to one: the noise that decides is for log-probabilities.
-        logs = kept.to(torch.float64)
-        logs = (logs / logs.sum(dim=-1, keepdim=True)).log()
-        chosen = multinomial_with_seed(logs, sampling_seed, positions)
-    return torch.gather(ids.to(torch.int32), 1, chosen).view(-1)
+        return torch.multinomial(kept, num_samples=1).view(-1).to(torch.int32)
+    return multinomial_with_seed(kept.to(torch.float64).log(), sampling_seed, positions).view(-1).to(torch.int32)

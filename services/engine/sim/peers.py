@@ -173,11 +173,19 @@ class SocketPeers(Peers):
                 writer.close()
 
     async def _connect(self, name: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        # uvloop does not connect to sockets without a file by itself.
+        made = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        made.settimeout(CONNECT_S)
         try:
-            async with asyncio.timeout(CONNECT_S):
-                return await asyncio.open_unix_connection(name)
-        except (OSError, TimeoutError) as error:
+            await asyncio.to_thread(made.connect, name)
+            made.setblocking(False)
+            return await asyncio.open_unix_connection(sock=made)
+        except OSError as error:
+            made.close()
             raise Unavailable(f"the receiver's pool cannot be reached: {error}") from error
+        except BaseException:
+            made.close()
+            raise
 
     def forget(self, pool: KvPool) -> None:
         """Hangs up."""

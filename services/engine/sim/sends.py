@@ -18,6 +18,9 @@ from services.engine.sim.peers import Peers
 from services.engine.sim.profile import Profile
 from services.engine.sim.scheduler import Scheduler
 
+# How long a send that is cancelled waits for the chunk on its way; then it hangs up.
+STOP_S = 5.0
+
 
 class Sends:
     """All sends of one engine."""
@@ -77,11 +80,16 @@ class Sends:
         ours = asyncio.ensure_future(self._link.carry(size))
         theirs = ours if dropped else asyncio.ensure_future(self._peers.write(pool, slots, values, size))
         try:
-            await asyncio.gather(ours, theirs)
+            await asyncio.wait({ours, theirs}, return_when=asyncio.FIRST_EXCEPTION)
         finally:
+            if not theirs.done():
+                # What is on its way must have arrived, or be known not to, before the slots are anybody else's.
+                await asyncio.wait({theirs}, timeout=STOP_S)
             for future in (ours, theirs):
                 future.cancel()
             await asyncio.wait({ours, theirs})
+        for future in (theirs, ours):
+            future.result()
         sent = len(values) * self._profile.bytes_per_token
         return Piece(int(began * 1e9), int(self._now() * 1e9), len(values), sent)
 

@@ -75,9 +75,7 @@ class Dashboard:
     async def _spans(self, request_id: str) -> list[Span]:
         spans = await asyncio.to_thread(settled_trace, request_id, self._traces, SETTLE_S, 0.4)
         if not spans:
-            raise NotFound(
-                f"no trace of request {request_id!r}: not sampled, too old, or written on other machines"
-            )
+            raise NotFound(f"no trace of request {request_id!r}: not sampled, too old, or written on other machines")
         return spans
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from fastapi.responses import JSONResponse
@@ -49,5 +50,6 @@ def error_object(error: MeshError) -> dict[str, Any]:
 def error_response(error: MeshError) -> JSONResponse:
     """The whole answer, with a hint when to come again where that may help."""
     status, _ = _KINDS.get(type(error), (500, "server_error"))
-    headers = {"retry-after": str(RETRY_AFTER_S)} if status in (429, 503) else None
+    wait = RETRY_AFTER_S if error.retry_after is None else math.ceil(error.retry_after)
+    headers = {"retry-after": str(wait)} if status in (429, 503) else None
     return JSONResponse(error_object(error), status, headers)

@@ -1,0 +1,36 @@
+"""Context migration: a conversation stays where its context is, until the load shifts; then the context moves."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Annotated
+
+from kvmesh.strategy import ENGINE_FAILURES, Chunks, Engine, Mesh, Range, Request, strategy
+
+Tokens = Annotated[int, Range(1)]
+
+
+def holder_of(request: Request, mesh: Mesh, least: int) -> tuple[Engine, int]:
+    """The engine that has most of the context cached, and how much; for what nobody has, the session's own engine."""
+    home = mesh.pick(request, "session_sticky")
+    held = {e.name: e.cached(request.token_ids) for e in mesh.engines}
+    best = max(mesh.engines, key=lambda e: held[e.name])
+    engine = best if held[best.name] >= held[home.name] + least else home
+    return engine, held[engine.name]
+
+
+@strategy
+async def context_migration(request: Request, mesh: Mesh, *, slack: Tokens = 2048, least: Tokens = 64) -> Chunks:
+    """Where the context is; moves `least` tokens of it or more when another engine has `slack` tokens less work."""
+    holder, held = holder_of(request, mesh, least)
+    engine = mesh.least_loaded()
+    if holder.load.work <= engine.load.work + slack:
+        engine = holder
+    ticket = None
+    if engine is not holder and held >= least:
+        ticket = await engine.prep_recv(request.token_ids, end=min(held, len(request.token_ids) - 1))
+        if ticket.missing >= least:
+            with suppress(*ENGINE_FAILURES):  # what was not sent, the engine prefills itself
+                await holder.remote_send(request.token_ids, ticket)
+    async for chunk in engine.start_generate(request.token_ids, ticket):
+        yield chunk
