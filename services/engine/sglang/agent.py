@@ -41,7 +41,7 @@ class Agent:
             scheduler.idle_sleeper.poller.register(self._alarm, zmq.POLLIN)
         self._copier = Copier(self._transports, lambda: os.eventfd_write(self._alarm, 1))
         self._reservations = Reservations(scheduler, self._tell)
-        self._sends = Sends(scheduler, self._copier, self._tell)
+        self._sends = Sends(scheduler, self._copier, self._reservations.lock, self._tell)
         self._load = LoadMeter(scheduler, self._reservations, self._sends, self._tell)
         # Requests that used a ticket: what they matched stays locked until they hold a lock of their own.
         self._pins: dict[str, TreeNode] = {}
@@ -93,7 +93,7 @@ class Agent:
             self._sends.scheduled(plan)
         if self._pins:
             self._sweep_pins(plan)
-        self._reservations.retry()
+        self._reservations.scheduled(plan.batch_to_run)
         self._flush_changes()
         self._load.update(plan)
 

@@ -46,6 +46,8 @@ class Reservations:
         self._last = 0
         # What was free when the first waiting one did not fit: no use in trying before that changes.
         self._tried = -1
+        # The batch that runs, or ran last: a prefill is not part of SGLang's running batch yet.
+        self._batch: Any = None
 
     @property
     def count(self) -> int:
@@ -73,8 +75,9 @@ class Reservations:
             self._tried = -1
             self._refuse(waiting, "no room within the time given")
 
-    def retry(self) -> None:
-        """Serves those that wait, first come first served, if anything became free."""
+    def scheduled(self, batch: Any) -> None:
+        """`batch` is next, or None. Serves those that wait, first come first served, if anything became free."""
+        self._batch = batch
         while self._waiting:
             free = self._room()
             if free == self._tried:
@@ -97,7 +100,8 @@ class Reservations:
         matched = len(prefix)
         need = request.end - matched
         # Locked before anything is evicted.
-        self._tree.lock(node)
+        if not self.lock(node):
+            return False
         slots = torch.empty(0, dtype=torch.int64)
         if need:
             taken = self._take(need)
@@ -115,6 +119,15 @@ class Reservations:
         )
         return True
 
+    def lock(self, node: TreeNode) -> bool:
+        """Locks `node`, unless that keeps from eviction what those that run will need."""
+        before = self._room()
+        self._tree.lock(node)
+        if before > self._room() < self._headroom():
+            self._tree.unlock(node)
+            return False
+        return True
+
     def _take(self, need: int) -> torch.Tensor | None:
         if self._room() < need + self._headroom():
             return None
@@ -123,12 +136,18 @@ class Reservations:
         return None if taken is None else taken.to("cpu", torch.int64).clone()
 
     def _headroom(self) -> int:
-        """What running requests will probably still need: without it one of them runs out of memory."""
-        ratio = self._scheduler.new_token_ratio_tracker.current
+        """What running requests will probably still need: without it one of them runs out of memory.
+
+        And what a prompt still needs that is prefilled in chunks: without that SGLang itself ends.
+        """
+        s, page = self._scheduler, self._tree.page_size
+        reqs = {r.rid: r for batch in (s.running_batch, self._batch) if batch is not None for r in batch.reqs}
         tokens = 0
-        for req in self._scheduler.running_batch.reqs:
+        for req in reqs.values():
             left = min(max(req.sampling_params.max_new_tokens - len(req.output_ids), 0), DECODE_TOKENS)
-            tokens += int(left * ratio) + 1
+            tokens += 0 if req.finished() else int(left * s.new_token_ratio_tracker.current) + page
+        if (chunked := s.chunked_req) is not None:
+            tokens += len(chunked.origin_input_ids) + len(chunked.output_ids) - chunked.extend_range.end + page
         return tokens
 
     def publish(self, request: m.MeshPublish) -> None:

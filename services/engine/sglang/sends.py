@@ -45,12 +45,15 @@ class Job:
 
 
 class Sends:
-    """All send jobs of this scheduler."""
+    """All send jobs of this scheduler. `lock` locks a node, or does not when there is no memory to spare."""
 
-    def __init__(self, scheduler: Any, copier: Copier, tell: Callable[[Any], None]) -> None:
+    def __init__(
+        self, scheduler: Any, copier: Copier, lock: Callable[[TreeNode], bool], tell: Callable[[Any], None]
+    ) -> None:
         self._scheduler = scheduler
         self._tree: MeshRadixCache = scheduler.tree_cache
         self._copier = copier
+        self._lock = lock
         self._tell = tell
         self._jobs: dict[str, Job] = {}
         # Whether a job's request may have been dropped.
@@ -62,14 +65,18 @@ class Sends:
         return len(self._jobs)
 
     def start(self, request: m.MeshSend) -> None:
-        """Begins a job: at once with the copying when all is cached, else with a prefill through SGLang's queue."""
+        """Begins a job: at once with the copying when all is cached, else with a prefill through SGLang's queue.
+
+        Through the queue also where memory is short: there it waits its turn.
+        """
         ids = array("q")
         ids.frombytes(request.ids)
         target = np.frombuffer(request.slots, np.int64)
         job = Job(request, ids, target, Stream(request.transport, request.peer), request.begin)
         self._jobs[request.rid] = job
         slots, node = self._tree.match(ids, request.end)
-        if len(slots) == request.end:
+        if len(slots) == request.end and self._lock(node):
+            job.node = node
             job.began = job.prefilled = time.monotonic_ns()
             job.cached = request.end
             self._end(job, slots, node)
@@ -186,7 +193,7 @@ class Sends:
         """The prefill is over: the rest goes to the copier."""
         job.over = True
         if not job.error:
-            job.node = self._tree.lock(node)
+            job.node = job.node or self._tree.lock(node)
             if job.request.end > job.sent:
                 self._hand_over(job, slots[job.sent : job.request.end], job.request.end)
         self._settle(job)
