@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 from kvmesh.errors import InvalidArgument
 from kvmesh.v1.common_pb2 import SamplingParams
 
 DEFAULT_MAX_NEW_TOKENS = 128
 MAX_STOP_STRINGS = 16
+MAX_FORM = 65536
 MAX_SEED = 2**31 - 1
 # field: (lowest, lowest allowed itself, highest), as common.proto states them; NaN is in no range.
 _FLOATS: dict[str, tuple[float, bool, float]] = {
@@ -50,8 +53,22 @@ def check_sampling(params: SamplingParams, vocab_size: int, context_length: int,
         raise InvalidArgument(f"sampling.stop_strings[{list(params.stop_strings).index('')}] is empty")
     if params.HasField("seed") and params.seed > MAX_SEED:
         raise _bad("seed", params.seed, f"between 0 and {MAX_SEED}")
+    if form := params.WhichOneof("form"):
+        _check_form(form, getattr(params, form))
     if params.HasField("n") and params.n != 1:
         raise _bad("n", params.n, "1: one completion a request")
+
+
+def _check_form(field: str, value: str) -> None:
+    if not 1 <= len(value) <= MAX_FORM:
+        raise InvalidArgument(f"sampling.{field} has {len(value)} characters, not 1 to {MAX_FORM}")
+    if field == "json_schema":
+        try:
+            schema = json.loads(value)
+        except ValueError as error:
+            raise InvalidArgument(f"sampling.json_schema is not JSON: {error}") from None
+        if not isinstance(schema, dict | bool):
+            raise InvalidArgument("sampling.json_schema is not a JSON object")
 
 
 def max_new_tokens(params: SamplingParams, context_length: int, prompt_tokens: int) -> int:

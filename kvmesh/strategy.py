@@ -94,6 +94,13 @@ class Request:
     # The conversation that it belongs to, and on whose account; empty when the caller has not said.
     session: str = ""
     tenant: str = ""
+    # How many of the last token_ids were streamed before.
+    generated: int = 0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """How many of the first token_ids are the caller's prompt."""
+        return len(self.token_ids) - self.generated
 
     def remaining(self) -> float:
         """Seconds until the deadline; negative after it."""

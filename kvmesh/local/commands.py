@@ -82,6 +82,8 @@ def _ids(_context: click.Context, _param: click.Parameter, given: str | None) ->
 @click.option("--stop", "stop_strings", multiple=True, metavar="STR", help="End before this text; may be repeated.")
 @click.option("--stop-token", "stop_token_ids", multiple=True, type=int, metavar="ID", help="End after this token.")
 @click.option("--ignore-eos", is_flag=True, default=None, help="Go on past the end-of-sequence token.")
+@click.option("--json-schema", metavar="JSON", help="The answer is JSON by this schema.")
+@click.option("--regex", help="The whole answer matches it.")
 @click.option("--logprobs", is_flag=True, default=None, help="With --json: log-probabilities of the chosen tokens.")
 @click.option("--json", "as_json", is_flag=True, help="One JSON object at the end in place of text.")
 @router_options

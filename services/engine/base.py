@@ -39,13 +39,15 @@ class Model:
 class Ending:
     """Why and how a generation ended. `token`: the stop token.
 
-    `reason`: "stop", "length", "abort" when somebody asked for it, or "failed", then `message` says why.
+    `reason`: "stop", "length", "abort" when somebody asked for it, or "failed", then `message` says why, and `refused`
+    whether it is the request that is at fault.
     """
 
     reason: str
     token: int | None = None
     message: str = ""
     retractions: int = 0
+    refused: bool = False
 
 
 @dataclass(slots=True)
@@ -148,11 +150,17 @@ class Runtime(KvHolder):
 
     @abc.abstractmethod
     def generate(
-        self, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, reservation: int | None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        max_new: int,
+        reservation: int | None,
+        generated: int = 0,
     ) -> Outputs:
         """Tokens as they come, then one output with `ending`. The caller closes it.
 
-        Uses the reservation up, unless it raises.
+        The last `generated` of token_ids are of the answer already, generated for this request before. Uses the
+        reservation up, unless it raises.
         """
 
     @abc.abstractmethod

@@ -8,7 +8,7 @@ from collections.abc import AsyncGenerator
 from opentelemetry.trace import Span, Tracer
 
 from kvmesh.detokenize import TextStream
-from kvmesh.errors import Internal, ResourceExhausted, Unavailable
+from kvmesh.errors import Internal, InvalidArgument, ResourceExhausted, Unavailable
 from kvmesh.telemetry import now_ns, record_span
 from kvmesh.v1 import common_pb2
 from kvmesh.v1 import engine_pb2 as pb
@@ -75,6 +75,8 @@ class Generation:
         if ending.reason == "failed":
             if "ut of memory" in ending.message:
                 raise ResourceExhausted(ending.message)
+            if ending.refused:
+                raise InvalidArgument(ending.message)
             raise Unavailable(ending.message) if "stopping" in ending.message else Internal(ending.message)
         finished = self._finished(_REASONS[ending.reason], ending)
         token = ending.token if ending.token is not None else self._last

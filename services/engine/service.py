@@ -242,6 +242,9 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         token_ids, model = list(request.token_ids), self._model
         self._check_prompt(token_ids, request.model, "")
         check_sampling(request.sampling, model.vocab_size, model.context_length, len(token_ids))
+        generated = request.generated
+        if generated >= len(token_ids):
+            raise InvalidArgument(f"generated = {generated} is not below the number of token_ids, {len(token_ids)}")
         text = await self._text(request, token_ids)
         max_new = max_new_tokens(request.sampling, model.context_length, len(token_ids))
         begin, _ = check_range(request.begin, len(token_ids), len(token_ids))
@@ -257,7 +260,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
             span.set_attribute("kvmesh.begin", begin)
         generation = Generation(len(token_ids), text, self._tracer, span)
         reservation = None if ticket is None else ticket.reservation
-        outputs = self._runtime.generate(token_ids, request.sampling, max_new, reservation)
+        outputs = self._runtime.generate(token_ids, request.sampling, max_new, reservation, generated)
         if ticket is not None:
             # Not before: a call that is refused leaves the ticket as it was.
             self._book.use(ticket, begin)
@@ -275,7 +278,11 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         tokenizer = await self._tokenizers.get(self._model.path)
         if tokenizer is None:
             raise InvalidArgument(f"sampling.stop_strings: model {self._model.name} has no tokenizer to find them with")
-        return TextStream(tokenizer.detokenizer(token_ids), stops)
+        begin = len(token_ids) - request.generated
+        stream = TextStream(tokenizer.detokenizer(token_ids[:begin]), stops)
+        for token in token_ids[begin:]:
+            stream.add(token)
+        return stream
 
     @rpc
     async def Abort(self, request: engine_pb2.AbortRequest, context: Context) -> engine_pb2.AbortResponse:

@@ -52,6 +52,7 @@ class Generation(Generating):
             ticket=None if self._ticket is None else self._ticket.proto,
             sampling=self._sampling,
             model=self._attempt.request.model,
+            generated=max(0, len(self._token_ids) - self._attempt.request.prompt_tokens),
         )
         self._attempt.charge(self._link, len(self._token_ids) - self._begin)
         self._link.meter.prefilling(len(self._token_ids) - self._begin)

@@ -136,7 +136,11 @@ def _going_on(job: Job) -> Request:
     sampling.CopyFrom(job.request.sampling)
     sampling.max_new_tokens = _allowed(job) - len(job.streamed)
     return dataclasses.replace(
-        job.request, token_ids=(*prompt, *job.streamed), sampling=sampling, attempt=job.ledger.attempts
+        job.request,
+        token_ids=(*prompt, *job.streamed),
+        sampling=sampling,
+        attempt=job.ledger.attempts,
+        generated=len(job.streamed),
     )
 
 

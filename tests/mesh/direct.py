@@ -115,6 +115,7 @@ class DirectEngine:
         begin: int | None = None,
         request_id: str = "",
         model: str = "",
+        generated: int = 0,
         **sampling: Any,
     ) -> Any:
         """StartGenerate: greedy, and past the end of the sequence, unless told otherwise. The call."""
@@ -125,6 +126,7 @@ class DirectEngine:
             begin=(0 if ticket is None else ticket.end) if begin is None else begin,
             ticket=ticket,
             model=model,
+            generated=generated,
             sampling=SamplingParams(**{k: v for k, v in chosen.items() if v is not None}),
         )
         return self.engine.StartGenerate(request, timeout=CALL_S)

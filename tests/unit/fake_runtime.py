@@ -497,7 +497,12 @@ class FakeRuntime(Runtime):
     # Generation
 
     def generate(
-        self, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, reservation: int | None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        max_new: int,
+        reservation: int | None,
+        generated: int = 0,
     ) -> Outputs:
         self._fault("generate")
         self.calls["generate"] += 1

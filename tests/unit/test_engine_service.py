@@ -130,6 +130,19 @@ async def test_stop_strings(node):
     await until(lambda: node.runtime.idle)
 
 
+async def test_a_stop_string_that_began_before_this_engine(node):
+    with_tokenizer(node)
+    wanted = answer(PROMPT, 12)
+    sampling = common_pb2.SamplingParams(stop_strings=[bytes(wanted[4:7]).decode()])
+    tokens = PROMPT + wanted[:6]
+    result = await node.generate(tokens, 6, sampling=sampling, generated=6)
+    assert result.tokens == wanted[6:7] and result.finished.reason == REASONS.FINISH_REASON_STOP_STRING
+    alone = await node.generate(tokens, 6, sampling=sampling)
+    assert alone.tokens == wanted[6:]
+    code, details = await refused(collect(node.call(tokens, generated=len(tokens))))
+    assert code is CODES.INVALID_ARGUMENT and "generated" in details
+
+
 async def test_stop_strings_without_a_tokenizer(node):
     ticket = await node.prepare(PROMPT)
     sampling = common_pb2.SamplingParams(stop_strings=["x"])

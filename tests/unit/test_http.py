@@ -79,6 +79,32 @@ async def test_stop_string_ends_the_answer(door):
     assert reply.choices[0].text == whole[: whole.index(whole[4:6])] and reply.choices[0].finish_reason == "stop"
 
 
+@pytest.mark.parametrize(
+    ("asked", "field", "form"),
+    [
+        ({"response_format": {"type": "json_object"}}, "json_schema", '{"type": "object"}'),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "n", "schema": {"type": "string"}}}},
+            "json_schema",
+            '{"type": "string"}',
+        ),
+        ({"json_schema": {"type": "string"}}, "json_schema", '{"type": "string"}'),
+        ({"json_schema": "true"}, "json_schema", "true"),
+        ({"regex": "a+"}, "regex", "a+"),
+        ({"ebnf": 'root ::= "a"'}, "ebnf", 'root ::= "a"'),
+        ({"response_format": {"type": "text"}}, None, None),
+    ],
+)
+async def test_the_form_of_an_answer(door, asked, field, form):
+    reply = await door.http.post("/v1/completions", json={"model": "fake", "prompt": TEXT, "max_tokens": 2, **asked})
+    assert reply.status_code == 200, reply.text
+    engine = next(e for e in door.mesh.engines if e.calls)
+    sampling = engine.requests("StartGenerate")[0].sampling
+    assert sampling.WhichOneof("form") == field
+    if field is not None:
+        assert getattr(sampling, field) == form
+
+
 async def test_strategy_by_body_and_by_header(door):
     extra = {"strategy": "balanced_prefill_decode", "strategy_params": {"ratio": 0.5}}
     await door.openai.completions.create(model="fake", prompt=TEXT * 4, max_tokens=2, extra_body=extra)
@@ -120,8 +146,11 @@ async def test_request_id_and_trace_are_taken_and_given_back(door):
         ({"logit_bias": {"5": 1}}, 400, "logit_bias"),
         ({"logprobs": 5}, 400, "logprobs = 5"),
         ({"best_of": 3}, 400, "best_of"),
-        ({"regex": "a+"}, 400, "regex"),
-        ({"response_format": {"type": "json_object"}}, 400, "response_format"),
+        ({"regex": "a+", "ebnf": 'root ::= "a"'}, 400, "only one of regex, ebnf"),
+        ({"response_format": {"type": "xml"}}, 400, "response_format"),
+        ({"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, 400, "response_format"),
+        ({"json_schema": "{"}, 400, "json_schema is not JSON"),
+        ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"seed": 2**40}, 400, "seed"),
         ({"stop": [""]}, 400, "stop"),
     ],

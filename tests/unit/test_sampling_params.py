@@ -41,6 +41,10 @@ GOOD = [
     {"seed": MAX_SEED},
     {"n": 1},
     {"ignore_eos": True, "logprobs": True},
+    {"json_schema": '{"type": "object"}'},
+    {"json_schema": "true"},
+    {"regex": "a" * 65536},
+    {"ebnf": 'root ::= "a"'},
 ]
 
 
@@ -72,6 +76,11 @@ BAD = [
     ({"seed": MAX_SEED + 1}, "sampling.seed = 2147483648"),
     ({"n": 0}, "sampling.n = 0 is not 1"),
     ({"n": 2}, "sampling.n = 2 is not 1"),
+    ({"json_schema": "{"}, "sampling.json_schema is not JSON"),
+    ({"json_schema": "[1]"}, "sampling.json_schema is not a JSON object"),
+    ({"json_schema": ""}, "sampling.json_schema has 0 characters"),
+    ({"regex": "a" * 65537}, "sampling.regex has 65537 characters, not 1 to 65536"),
+    ({"ebnf": ""}, "sampling.ebnf has 0 characters"),
 ]
 
 

@@ -31,7 +31,7 @@ def filled(kind):
         if annotation in VALUES:
             values[name] = VALUES[annotation]
         elif annotation is io_struct.TokenizedGenerateReqInput:
-            values[name] = _request("r", [1, 2, 3], SamplingParams(temperature=0), 5)
+            values[name] = _request("r", [1, 2, 3], SamplingParams(temperature=0), 5, 2)
         else:
             inner = annotation.__args__[0]
             values[name] = [VALUES[inner]] * 3
@@ -169,19 +169,23 @@ def test_sampling_parameters_of_a_request():
     given = SamplingParams(
         temperature=0.5, top_k=7, min_p=0.25, stop_token_ids=[3, 4], ignore_eos=True, seed=9, logprobs=True
     )
-    request = _request("r", [1, 2], given, 17)
+    request = _request("r", [1, 2], given, 17, 0)
     params = request.sampling_params
     assert (params.max_new_tokens, params.temperature, params.top_k, params.min_p) == (17, 0.5, 7, 0.25)
     assert (params.stop_token_ids, params.ignore_eos, params.sampling_seed) == ({3, 4}, True, 9)
     assert request.return_logprob and list(request.input_ids) == [1, 2] and request.stream
-    plain = _request("r", [1], SamplingParams(), 1)
+    plain = _request("r", [1], SamplingParams(), 1, 0)
     assert (plain.sampling_params.temperature, plain.sampling_params.top_p) == (1.0, 1.0)
     assert not plain.return_logprob and not plain.sampling_params.stop_token_ids
-    seeds = {_request("r", [1], SamplingParams(), 1).sampling_params.sampling_seed for _ in range(20)}
+    seeds = {_request("r", [1], SamplingParams(), 1, 0).sampling_params.sampling_seed for _ in range(20)}
     assert len(seeds) > 15 and all(0 <= s < 2**31 for s in seeds)
+    # The end of the sequence is part of a form.
+    bound = _request("r", [1, 2], SamplingParams(regex="a+", ignore_eos=True), 1, 1).sampling_params
+    assert (bound.regex, bound.json_schema, bound.ebnf, bound.ignore_eos) == ("a+", None, None, False)
+    assert bound.custom_params == {"kvmesh_generated": 1} and plain.sampling_params.custom_params is None
     # Greedy: the best one only.
-    assert _request("r", [1], SamplingParams(temperature=0), 1).sampling_params.top_k == 1
-    assert _request("r", [1], SamplingParams(seed=0), 1).sampling_params.sampling_seed == 0
+    assert _request("r", [1], SamplingParams(temperature=0), 1, 0).sampling_params.top_k == 1
+    assert _request("r", [1], SamplingParams(seed=0), 1, 0).sampling_params.sampling_seed == 0
 
 
 @pytest.mark.parametrize("cuda", [False, True])

@@ -180,6 +180,15 @@ async def test_seeds_and_stops(tmp_path):
         assert len(got.logprobs) == len(got.tokens) and max(got.logprobs) < 0
 
 
+async def test_a_form_is_refused(tmp_path):
+    async with SimHarness(1, tmp=tmp_path) as h:
+        for form in ({"regex": "a"}, {"ebnf": "b"}, {"json_schema": "{}"}):
+            with pytest.raises(grpc.aio.AioRpcError, match="no grammar back end") as refused:
+                await h.generate(prompt(1, 30), 8, sampling=common_pb2.SamplingParams(**form))
+            assert refused.value.code() == grpc.StatusCode.INVALID_ARGUMENT
+        await h.settled()
+
+
 def test_it_starts_quickly_and_small_without_torch(tmp_path):
     """As a process: ready within 1.5 s of a free machine, no torch, and a clean end."""
     code = (

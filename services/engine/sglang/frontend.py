@@ -43,7 +43,7 @@ def arguments(options: SglangOptions, cuda: bool) -> dict[str, Any]:
         "dtype": options.dtype,
         "page_size": options.page_size,
         "random_seed": options.seed,
-        "grammar_backend": "none",
+        "grammar_backend": "xgrammar",
         "radix_cache_backend": CACHE,
         "skip_tokenizer_init": True,
         # An idle scheduler would spin a core.

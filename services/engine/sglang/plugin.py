@@ -34,7 +34,7 @@ def register() -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from tqdm import tqdm
 
-    from services.engine.sglang import cache, messages, sampling
+    from services.engine.sglang import cache, form, messages, sampling
 
     io_struct.hook_custom_types(*messages.ALL)
     # Its own lock is a named semaphore, which a process that is killed leaves in /dev/shm.
@@ -52,6 +52,7 @@ def register() -> None:
     ):
         HookRegistry.register(f"{_SCHEDULER}.{method}", hook, kind)
     sampling.register(HookRegistry, HookType)
+    form.register(HookRegistry, HookType)
 
 
 def _attach(_result: Any, scheduler: Any, *_args: Any, **_kwargs: Any) -> None:

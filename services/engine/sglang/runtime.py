@@ -32,13 +32,17 @@ from services.engine.base import (
     RuntimeLoad,
     SendReport,
 )
+from services.engine.sglang.form import GENERATED, REFUSALS
 from services.engine.sglang.frontend import Frontend, SglangOptions
 
 log = logging.getLogger(__name__)
 
 # How long the scheduler may take to answer what needs no waiting: a forward pass may be in between.
 ANSWER_S = 60.0
-SAME_NAMES = ("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty")
+SAME_NAMES = (
+    *("temperature", "top_p", "top_k", "min_p", "frequency_penalty", "presence_penalty", "repetition_penalty"),
+    *("json_schema", "regex", "ebnf"),
+)
 
 
 class SglangRuntime(Runtime):
@@ -190,13 +194,18 @@ class SglangRuntime(Runtime):
         self._frontend.send(m.MeshFree(rid=self._id(), ticket=reservation))
 
     def generate(
-        self, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, reservation: int | None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        max_new: int,
+        reservation: int | None,
+        generated: int = 0,
     ) -> Outputs:
         """As the base says."""
         from services.engine.sglang import messages as m
 
         rid = self._id()
-        request = _request(rid, token_ids, sampling, max_new)
+        request = _request(rid, token_ids, sampling, max_new, generated)
         if reservation is None:
             self._frontend.send(request)
         else:
@@ -299,13 +308,14 @@ def _ending(reason: dict[str, Any], retractions: int) -> Ending:
     kind = reason["type"]
     if kind == "abort":
         message = str(reason.get("message") or "the request was aborted")
-        return Ending("failed", message=message, retractions=retractions)
+        refused = message.startswith(REFUSALS)
+        return Ending("failed", message=message, retractions=retractions, refused=refused)
     matched = reason.get("matched")
     token = matched if isinstance(matched, int) else None
     return Ending("stop" if kind == "stop" else "length", token, retractions=retractions)
 
 
-def _request(rid: str, token_ids: Sequence[int], sampling: SamplingParams, max_new: int) -> Any:
+def _request(rid: str, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, generated: int) -> Any:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
     return TokenizedGenerateReqInput(
@@ -315,7 +325,7 @@ def _request(rid: str, token_ids: Sequence[int], sampling: SamplingParams, max_n
         input_embeds=None,
         mm_inputs=None,
         token_type_ids=None,
-        sampling_params=_sampling(sampling, max_new),
+        sampling_params=_sampling(sampling, max_new, generated),
         return_logprob=sampling.logprobs,
         logprob_start_len=-1,
         top_logprobs_num=0,
@@ -324,15 +334,17 @@ def _request(rid: str, token_ids: Sequence[int], sampling: SamplingParams, max_n
     )
 
 
-def _sampling(given: SamplingParams, max_new: int) -> Any:
+def _sampling(given: SamplingParams, max_new: int, generated: int) -> Any:
     from sglang.srt.sampling import sampling_params as sglang
 
     given_fields = {field.name for field, _ in given.ListFields()}
     params = sglang.SamplingParams(
         max_new_tokens=max_new,
-        ignore_eos=given.ignore_eos,
+        # The end is part of the form.
+        ignore_eos=given.ignore_eos and given.WhichOneof("form") is None,
         stop_token_ids=set(given.stop_token_ids) or None,
         sampling_seed=given.seed if given.HasField("seed") else random.randint(0, MAX_SEED),
+        custom_params={GENERATED: generated} if generated else None,
         **{f: getattr(given, f) for f in SAME_NAMES if f in given_fields},
     )
     params.normalize(None)

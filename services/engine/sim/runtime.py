@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from kvmesh.dataplane.slots import Slots
-from kvmesh.errors import FailedPrecondition, Unavailable
+from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.v1.common_pb2 import SamplingParams
 from kvmesh.v1.kv_pb2 import KvPool
@@ -127,10 +127,17 @@ class SimRuntime(Runtime):
         self._scheduler.wake()
 
     def generate(
-        self, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, reservation: int | None
+        self,
+        token_ids: Sequence[int],
+        sampling: SamplingParams,
+        max_new: int,
+        reservation: int | None,
+        generated: int = 0,
     ) -> Outputs:
         """Generates. Of the sampling parameters those count that end it, temperature 0 or not, and the seed."""
         self._check()
+        if form := sampling.WhichOneof("form"):
+            raise InvalidArgument(f"sampling.{form}: a simulated engine has no grammar back end")
         ids = _ids(token_ids)
         outputs = Outputs(lambda: self._scheduler.abort(job))
         stops = set(sampling.stop_token_ids)

@@ -5,6 +5,7 @@ What this server cannot do is refused by name, unless it is asked for in a form 
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field
@@ -18,14 +19,10 @@ MOST_CHOICES = 32
 _REFUSED: dict[str, tuple[Any, ...]] = {
     "tools": (None, []),
     "functions": (None, []),
-    "response_format": (None, {"type": "text"}),
     "logit_bias": (None, {}),
     "suffix": (None, ""),
     "echo": (None, False),
     "top_logprobs": (None, 0),
-    "json_schema": (None, ""),
-    "regex": (None, ""),
-    "ebnf": (None, ""),
     "audio": (None,),
 }
 
@@ -45,12 +42,18 @@ class Common(BaseModel):
     seed: int | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    response_format: dict[str, Any] | None = Field(
+        None, description='{"type": "json_schema", "json_schema": {"schema": ...}}, "json_object" or "text".'
+    )
     # kvmesh's own, by `extra_body` in OpenAI's clients.
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[int] | None = None
+    json_schema: str | dict[str, Any] | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     strategy: str = Field("", description="Strategy for this request; empty: the one in force.")
     strategy_params: dict[str, Any] = Field(default_factory=dict)
 
@@ -102,7 +105,23 @@ class Common(BaseModel):
             params.stop_token_ids.extend(self.stop_token_ids or [])
         except ValueError:
             raise InvalidArgument(f"stop_token_ids = {self.stop_token_ids} is out of range") from None
+        for field, form in self._form().items():
+            setattr(params, field, form)
         return params
+
+    def _form(self) -> dict[str, str]:
+        """What the answer must look like, as a field of SamplingParams; empty when it is free."""
+        schema = self.json_schema
+        asked = {
+            "json_schema": json.dumps(schema) if isinstance(schema, dict) else schema,
+            "regex": self.regex,
+            "ebnf": self.ebnf,
+            "response_format": _schema(self.response_format or {"type": "text"}),
+        }
+        given = {field: form for field, form in asked.items() if form}
+        if len(given) > 1:
+            raise InvalidArgument(f"only one of {', '.join(given)} can be asked for")
+        return {"json_schema" if field == "response_format" else field: form for field, form in given.items()}
 
     def generate(self, sampling: SamplingParams, request_id: str, strategy: str) -> GenerateRequest:
         """The router's request, without a prompt. `strategy` of a header goes before that of the body."""
@@ -156,6 +175,19 @@ class ChatRequest(Common):
         if not self.messages:
             raise InvalidArgument("messages is empty")
         return [{**m, "content": _text(i, m.get("content"))} for i, m in enumerate(self.messages)]
+
+
+def _schema(response_format: dict[str, Any]) -> str:
+    """The JSON schema of OpenAI's `response_format`; empty for text."""
+    kind = response_format.get("type")
+    if kind == "text":
+        return ""
+    if kind == "json_object":
+        return json.dumps({"type": "object"})
+    named = response_format.get("json_schema")
+    if kind != "json_schema" or not isinstance(named, dict) or not isinstance(named.get("schema"), dict):
+        raise InvalidArgument(f"response_format = {str(response_format)[:100]} is not a known one")
+    return json.dumps(named["schema"])
 
 
 def _text(index: int, content: Any) -> str:
