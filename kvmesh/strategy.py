@@ -18,8 +18,8 @@ import inspect
 import re
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any, overload
 
 from kvmesh.errors import (
@@ -34,6 +34,7 @@ from kvmesh.errors import (
 )
 from kvmesh.pace import Pace
 from kvmesh.params import Choices, Param, Range, Value, bind, declared
+from kvmesh.pool import Pool, by_name
 from kvmesh.stores import Store, WriteBack, rendezvous
 from kvmesh.v1.common_pb2 import SamplingParams, Ticket
 from kvmesh.v1.engine_pb2 import GenerateFinished
@@ -51,6 +52,7 @@ __all__ = [
     "Param",
     "Placement",
     "Policy",
+    "Pool",
     "Range",
     "Request",
     "SamplingParams",
@@ -227,50 +229,41 @@ class Engine(ABC):
         """Gives a ticket back early; tickets left over at the end are released anyway."""
 
 
-def _natural(engine: Engine) -> list[tuple[int, int | str]]:
-    parts = re.split(r"(\d+)", engine.name)
-    return [(0, int(p)) if p.isdigit() else (1, p) for p in parts if p]
-
-
 class Policy(ABC):
     """Chooses engines. One object serves a router for ever, so that it may remember; what it keeps is bounded."""
 
     @abstractmethod
-    def pick(self, request: Request, engines: Sequence[Engine]) -> Engine:
-        """One of `engines`, of which there is at least one."""
+    def pick(self, request: Request, engines: Pool) -> Engine:
+        """One of `engines`, of which there is at least one. Looking at each takes too long where there are many."""
 
 
-@dataclass(slots=True)
 class Mesh:
     """The live, healthy engines of the request's model, by name (engine-2 before engine-10). Never empty."""
 
-    engines: list[Engine] = field(default_factory=list)
-    policies: Mapping[str, Policy] = field(default_factory=dict)
-    # The live KV stores of the request's model; may be none.
-    stores: list[Store] = field(default_factory=list)
+    __slots__ = ("engines", "policies", "stores")
 
-    def __post_init__(self) -> None:
-        self.engines = sorted(self.engines, key=_natural)
+    def __init__(
+        self,
+        engines: Iterable[Engine] = (),
+        policies: Mapping[str, Policy] | None = None,
+        stores: Sequence[Store] = (),
+    ) -> None:
+        self.engines = engines if isinstance(engines, Pool) else Pool(sorted(engines, key=lambda e: by_name(e.name)))
+        self.policies: Mapping[str, Policy] = policies or {}
+        # The live KV stores of the request's model; may be none.
+        self.stores = list(stores)
 
-    def prefill(self, n: int = 1) -> list[Engine]:
+    def prefill(self, n: int = 1) -> Pool:
         """The prefill engines: labelled role=prefill if any has a role, else the first n, leaving one to decode."""
-        return self._split(n)[0]
+        return self.engines.split(n)[0]
 
-    def decode(self, n: int = 1) -> list[Engine]:
+    def decode(self, n: int = 1) -> Pool:
         """The decode engines: those that `prefill(n)` leaves. A lone engine, or what is left of a mesh, is both."""
-        return self._split(n)[1]
+        return self.engines.split(n)[1]
 
-    def _split(self, n: int) -> tuple[list[Engine], list[Engine]]:
-        if any("role" in e.labels for e in self.engines):
-            first = [e for e in self.engines if e.labels.get("role") == "prefill"]
-        else:
-            first = self.engines[: min(n, len(self.engines) - 1)]
-        rest = [e for e in self.engines if e not in first]
-        return first or rest, rest or first
-
-    def labelled(self, **labels: str) -> list[Engine]:
+    def labelled(self, **labels: str) -> Pool:
         """The engines that have all these labels; may be none."""
-        return [e for e in self.engines if all(e.labels.get(k) == v for k, v in labels.items())]
+        return self.engines.where(labels)
 
     def pick(self, request: Request, policy: str, engines: Sequence[Engine] | None = None) -> Engine:
         """The engine that the placement policy of that name (POLICIES) chooses; of all if `engines` is None.
@@ -279,11 +272,16 @@ class Mesh:
         """
         if policy not in self.policies:
             raise InvalidArgument(f"policy = {policy!r} is not one of {', '.join(self.policies) or 'none'}")
-        return self.policies[policy].pick(request, self.engines if engines is None else engines)
+        return self.policies[policy].pick(request, self._pool(engines))
 
     def least_loaded(self, engines: Sequence[Engine] | None = None) -> Engine:
         """The engine with the least work, the first by name among equals; of all if `engines` is None."""
-        return min(self.engines if engines is None else engines, key=lambda e: e.load.work)
+        return self._pool(engines).calmest()[0]
+
+    def _pool(self, engines: Sequence[Engine] | None) -> Pool:
+        if engines is None:
+            return self.engines
+        return engines if isinstance(engines, Pool) else Pool(engines)
 
     def store_for(self, token_ids: Sequence[int]) -> Store | None:
         """The store that keeps prompts that begin so; None without stores, and for less than a block."""

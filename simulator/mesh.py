@@ -18,11 +18,10 @@ from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.membership import SharedSettings
-from kvmesh.strategy import Load
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1.common_pb2 import Endpoint, SamplingParams
-from kvmesh.v1.engine_pb2 import CacheChange, EngineInfo
+from kvmesh.v1.engine_pb2 import CacheChange, EngineInfo, EngineStatus
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
 from kvmesh.v1.router_pb2 import GenerateRequest, GenerateResponse
 from services.engine.main import describe
@@ -100,7 +99,7 @@ class Node:
 
 
 class SimLink(EngineLink):
-    """A link that reads the engine's status when it is asked, as old as a stream would have it at most.
+    """A link that is told of the engine's load by the engine itself, as often as a status stream would tell.
 
     A thousand streams of fifty messages a second would be most of the work of a simulation.
     """
@@ -109,47 +108,33 @@ class SimLink(EngineLink):
         self, node: Node, network: Network, member: Member, tasks: Tasks, on_change: Callable[[], None]
     ) -> None:
         self._node = node
-        self._seen = Load()
-        self._seen_at = 0.0
+        self._due = 0.0
+        self._told = False
         super().__init__(member, tasks, on_change, network.channel)
 
     async def _follow(self) -> None:
         self._describe(self._node.info)
+        self._look()
+        self._node.runtime.on_load = self._node.book.on_change = self._tell
         await self._node.runtime.died()
         self._node.kill()
         self._down()
 
-    @property
-    def load(self) -> Load:
-        """The last report plus credit."""
-        now, credits_ = time.monotonic(), self._credits
-        if now - self._seen_at >= PERIOD_S:
-            self._seen_at = self.reported = now
-            r = self._node.runtime.load
-            self._seen = Load(
-                running=r.running,
-                waiting=r.waiting + r.waiting_reservations,
-                waiting_tokens=r.waiting_tokens,
-                tickets=self._node.book.count,
-                sending=r.sending,
-                free_slots=r.free,
-                cached_slots=r.cached,
-            )
-            credits_.reported(now)
-        s = self._seen
-        if not credits_.requests:
-            return s
-        return Load(
-            s.running,
-            s.waiting,
-            s.waiting_tokens,
-            s.tickets,
-            s.sending,
-            s.free_slots,
-            s.cached_slots,
-            credits_.requests,
-            credits_.tokens,
-        )
+    def _tell(self) -> None:
+        """The engine's load has changed: it is looked at now, or when a stream would send the next report."""
+        if self._told:
+            return
+        loop = asyncio.get_running_loop()
+        self._told = True
+        if loop.time() >= self._due:
+            loop.call_soon(self._look)
+        else:
+            loop.call_at(self._due, self._look)
+
+    def _look(self) -> None:
+        self._told = False
+        self._due = asyncio.get_running_loop().time() + PERIOD_S
+        self._deliver(EngineStatus(load=self._node.status.load()))
 
     def _reopen(self) -> None:
         """The engine tells of its cache from now on, directly."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Callable, Container
+from collections.abc import Callable, Collection, Iterator
 from contextlib import aclosing
 
 from kvmesh.aio import Tasks
@@ -19,7 +19,7 @@ KEY = "draining"
 TRIES = 10
 
 
-class Draining(Container[str]):
+class Draining(Collection[str]):
     """Follows the setting. Marks end by themselves, so that a router that dies in a drain takes no engine with it."""
 
     def __init__(self, settings: SharedSettings, clock: Callable[[], float] = time.time) -> None:
@@ -32,6 +32,13 @@ class Draining(Container[str]):
     def __contains__(self, incarnation: object) -> bool:
         """Whether that engine gets no new requests."""
         return isinstance(incarnation, str) and self._until.get(incarnation, 0) > self._clock()
+
+    def __iter__(self) -> Iterator[str]:
+        now = self._clock()
+        return (incarnation for incarnation, until in self._until.items() if until > now)
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self)
 
     def start(self) -> None:
         """Begins to follow."""

@@ -187,6 +187,20 @@ class EngineHandle(Engine):
         await self._attempt.release(ticket)
 
 
+class Handles:
+    """Handles of one attempt, each made when it is first asked for: a link has one."""
+
+    def __init__(self, attempt: Attempt) -> None:
+        self.attempt = attempt
+        self._made: dict[EngineLink, EngineHandle] = {}
+
+    def of(self, link: EngineLink) -> EngineHandle:
+        """That link's."""
+        if (handle := self._made.get(link)) is None:
+            handle = self._made[link] = EngineHandle(self.attempt, link)
+        return handle
+
+
 async def _outcome(call: Awaitable[T]) -> T | grpc.aio.AioRpcError:
     try:
         return await call

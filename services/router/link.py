@@ -22,7 +22,7 @@ from kvmesh.v1.kv_pb2_grpc import KvEndpointStub
 from kvmesh.v1.registry_pb2 import Member
 from services.router.breaker import Breaker
 from services.router.credit import Credits
-from services.router.kvindex import CacheIndex
+from services.router.kvindex import BlockMap, CacheIndex
 from services.router.meter import Meter
 
 log = logging.getLogger(__name__)
@@ -55,8 +55,13 @@ class EngineLink:
         self.report = LoadReport()
         self.reported = time.monotonic()
         self.connected = False
-        # A call failed as calls to the dead do; until the status stream delivers again, others go first.
-        self.suspect = False
+        # Told of each change of `load`, and when it may have become suspect or suspended.
+        self.on_load: Callable[[], None] = lambda: None
+        self.on_doubt: Callable[[], None] = lambda: None
+        # Where what its cache holds goes, beside what others' hold.
+        self.blocks = BlockMap()
+        self._suspect = False
+        self._load: Load | None = None
         self._channel = connect(member.endpoint.address)
         self.kv = KvEndpointStub(self._channel)
         self.engine = EngineStub(self._channel)
@@ -76,6 +81,11 @@ class EngineLink:
     @property
     def load(self) -> Load:
         """The last report plus credit."""
+        if self._load is None:
+            self._load = self._reckon()
+        return self._load
+
+    def _reckon(self) -> Load:
         r = self.report
         return Load(
             running=r.running_requests,
@@ -89,6 +99,21 @@ class EngineLink:
             credit_tokens=self._credits.tokens,
         )
 
+    def _load_changed(self) -> None:
+        self._load = None
+        self.on_load()
+
+    @property
+    def suspect(self) -> bool:
+        """A call failed as calls to the dead do; until the status stream delivers again, others go first."""
+        return self._suspect
+
+    @suspect.setter
+    def suspect(self, suspect: bool) -> None:
+        self._suspect = suspect
+        if suspect:
+            self.on_doubt()
+
     @property
     def suspended(self) -> bool:
         """Whether it failed so often that others are to go first for a while."""
@@ -97,6 +122,7 @@ class EngineLink:
     def failed(self) -> None:
         """It failed, by its own fault."""
         self.breaker.bad(time.monotonic())
+        self.on_doubt()
 
     @property
     def block_tokens(self) -> int:
@@ -105,11 +131,20 @@ class EngineLink:
 
     def cached_blocks(self, hashes: Sequence[int]) -> int:
         """How many of these blocks, from the first on, the engine has cached; 0 until it has told."""
+        return self.listen().matched(hashes)
+
+    def listen(self) -> CacheIndex:
+        """What its cache holds, as far as it has told; it is told to tell."""
         self._cache_asked = time.monotonic()
         if self._cache is None:
-            self._cache = CacheIndex()
+            self._cache = CacheIndex(blocks=self.blocks)
             self._reopen()
-        return self._cache.matched(hashes)
+        return self._cache
+
+    def _forget_cache(self) -> None:
+        if self._cache is not None:
+            self._cache.close()
+            self._cache = None
 
     def _reopen(self) -> None:
         """The status stream begins anew, with or without the cache."""
@@ -119,11 +154,14 @@ class EngineLink:
 
     def charge(self, requests: int, tokens: int) -> int:
         """Counts work just sent as load until it is reported; the number is for `settle`."""
-        return self._credits.charge(requests, tokens, time.monotonic())
+        number = self._credits.charge(requests, tokens, time.monotonic())
+        self._load_changed()
+        return number
 
     def settle(self, number: int) -> None:
         """The work of that number is over."""
         self._credits.settle(number)
+        self._load_changed()
 
     def acquire(self) -> None:
         """Keeps the channel open until `release`."""
@@ -139,6 +177,7 @@ class EngineLink:
         self._retired = True
         self._status.cancel()
         self._down()
+        self._forget_cache()
         self._close_if_unused()
 
     def _close_if_unused(self) -> None:
@@ -201,8 +240,9 @@ class EngineLink:
             self.report = status.load
             self.reported = time.monotonic()
             self._credits.reported(self.reported)
+            self._load_changed()
             if self._cache is not None and self.reported - self._cache_asked > CACHE_IDLE_S:
-                self._cache = None
+                self._forget_cache()
                 self._reopen()
         elif event == "cache" and self._cache is not None:
             self._cache.apply(status.cache)

@@ -19,10 +19,11 @@ from kvmesh.telemetry import fail
 from kvmesh.v1.common_pb2 import FINISH_REASON_LENGTH, FINISH_REASON_STOP_TOKEN, SamplingParams
 from kvmesh.v1.engine_pb2 import GenerateFinished, ModelInfo
 from services.router.attempt import Attempt
-from services.router.handles import EngineHandle
+from services.router.handles import Handles
 from services.router.ledger import Ledger
-from services.router.link import EngineLink
+from services.router.livepool import LivePool
 from services.router.policies import all_policies
+from services.router.roster import Roster
 from services.router.saver import Saver
 from services.router.view import MeshView
 
@@ -107,9 +108,9 @@ class Runtime:
                 return
         raise failure or Unavailable(f"no engine that serves {job.model.name} is alive")
 
-    def _mesh(self, attempt: Attempt, links: Sequence[EngineLink]) -> Mesh:
-        stores = self._saver.handles(attempt, self._view.stores.candidates(links), links)
-        return Mesh([EngineHandle(attempt, link) for link in links], self._policies, stores)
+    def _mesh(self, attempt: Attempt, links: Roster) -> Mesh:
+        stores = self._saver.handles(attempt, self._view.stores.candidates(links), links.by_name)
+        return Mesh(LivePool(links, Handles(attempt)), self._policies, stores)
 
     def _span(self, job: Job) -> Span:
         if not job.span.is_recording():

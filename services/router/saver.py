@@ -6,7 +6,7 @@ import asyncio
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from opentelemetry.trace import Span, Tracer
 
@@ -43,10 +43,9 @@ class Saver:
         # Saves that were left out.
         self.dropped = 0
 
-    def handles(self, attempt: Attempt, stores: Sequence[StoreLink], engines: Sequence[EngineLink]) -> list[Store]:
+    def handles(self, attempt: Attempt, stores: Sequence[StoreLink], engines: Mapping[str, EngineLink]) -> list[Store]:
         """The stores for one attempt."""
-        by_name = {link.name: link for link in engines}
-        return [StoreHandle(attempt, link, by_name, self) for link in stores]
+        return [StoreHandle(attempt, link, engines, self) for link in stores]
 
     def save(
         self,

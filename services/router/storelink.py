@@ -50,6 +50,7 @@ class StoreLink(EngineLink):
             self.report = LoadReport(tickets=self.stats.tickets, sending=self.stats.sending)
             self.reported = time.monotonic()
             self._credits.reported(self.reported)
+            self._load_changed()
         self.suspect = False
 
 
@@ -75,6 +76,8 @@ class StoreLinks:
 
     def candidates(self, engines: Sequence[EngineLink]) -> list[StoreLink]:
         """Links to the stores that are up and keep KV that these engines can use."""
+        if not self.links:
+            return []
         kinds = {(e.info.model.name, e.info.layout.fingerprint) for e in engines if e.info is not None}
         return [
             link

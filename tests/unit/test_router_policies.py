@@ -14,7 +14,7 @@ from router_harness import Harness
 from kvmesh.blocks import block_hashes
 from kvmesh.errors import InvalidArgument
 from kvmesh.pace import Line
-from kvmesh.strategy import POLICIES, Engine, Load, Mesh, Request
+from kvmesh.strategy import POLICIES, Engine, Load, Mesh, Pool, Request
 from kvmesh.v1.common_pb2 import GenerateUsage, SamplingParams
 from kvmesh.v1.engine_pb2 import CacheChange, LoadReport
 from kvmesh.v1.kv_pb2 import RemoteSendResponse
@@ -117,7 +117,7 @@ def test_prefix_affinity_goes_where_the_beginning_went_unless_much_waits_there()
 
 
 def test_prefix_affinity_forgets_the_oldest_and_ends_before_beginnings():
-    policy, engines = PrefixAffinity(remembered=8), [Known("a"), Known("b")]
+    policy, engines = PrefixAffinity(remembered=8), Pool([Known("a"), Known("b")])
     for i in range(50):
         policy.pick(asks([i % 7 + 1] * (BLOCK_TOKENS * (i % 9 + 1))), engines)
         assert len(policy) <= 8

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
-from kvmesh.strategy import Engine, Policy, Request
+from kvmesh.strategy import Engine, Policy, Pool, Request
 
 
 class LeastLoad(Policy):
     """The first by name among equals."""
 
-    def pick(self, request: Request, engines: Sequence[Engine]) -> Engine:
+    def pick(self, request: Request, engines: Pool) -> Engine:
         """The one with the least work."""
-        return min(engines, key=lambda e: e.load.work)
+        return engines.calmest()[0]

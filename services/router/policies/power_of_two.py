@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
 
-from kvmesh.strategy import Engine, Policy, Request
+from kvmesh.strategy import Engine, Policy, Pool, Request
 
 
 class PowerOfTwo(Policy):
@@ -14,7 +13,7 @@ class PowerOfTwo(Policy):
     def __init__(self, draw: random.Random) -> None:
         self._draw = draw
 
-    def pick(self, request: Request, engines: Sequence[Engine]) -> Engine:
+    def pick(self, request: Request, engines: Pool) -> Engine:
         """The one of two with less work."""
-        two = self._draw.sample(list(engines), min(2, len(engines)))
+        two = self._draw.sample(engines, min(2, len(engines)))
         return min(two, key=lambda e: e.load.work)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from kvmesh.blocks import block_hashes
-from kvmesh.strategy import Engine, Policy, Request
+from kvmesh.strategy import Engine, Policy, Pool, Request
 
 BLOCK_TOKENS = 32
 # Blocks remembered, over all engines: 2 million tokens.
@@ -18,29 +18,52 @@ class PrefixAffinity(Policy):
 
     def __init__(self, remembered: int = REMEMBERED) -> None:
         self._remembered = remembered
-        # (engine, block), longest unused first.
-        self._sent: OrderedDict[tuple[str, int], None] = OrderedDict()
+        # (engine's name and life, block), longest unused first.
+        self._sent: OrderedDict[tuple[str, str, int], None] = OrderedDict()
+        # Names of those that a block was sent to, and how many of their lives.
+        self._names: dict[int, dict[str, int]] = {}
 
     def __len__(self) -> int:
         return len(self._sent)
 
-    def pick(self, request: Request, engines: Sequence[Engine]) -> Engine:
+    def pick(self, request: Request, engines: Pool) -> Engine:
         """The one with the least work, tokens to prefill included."""
         blocks = block_hashes(request.token_ids, BLOCK_TOKENS)
-        engine = min(engines, key=lambda e: e.load.work - BLOCK_TOKENS * self._matched(e, blocks))
+        [engine] = engines.cheapest(1, lambda e: self._matched(e, blocks), self._likely(blocks), BLOCK_TOKENS)
         # From the end, so that what goes first is the end of a prompt: without its beginning it is worth nothing.
         for block in reversed(blocks):
-            key = (_key(engine), block)
-            self._sent[key] = None
-            self._sent.move_to_end(key)
+            self._remember(engine, block)
         while len(self._sent) > self._remembered:
-            self._sent.popitem(last=False)
+            self._forget()
         return engine
 
+    def _remember(self, engine: Engine, block: int) -> None:
+        key = (engine.name, engine.incarnation, block)
+        if key not in self._sent:
+            self._sent[key] = None
+            names = self._names.setdefault(block, {})
+            names[engine.name] = names.get(engine.name, 0) + 1
+        self._sent.move_to_end(key)
+
+    def _forget(self) -> None:
+        (name, _, block), _ = self._sent.popitem(last=False)
+        names = self._names[block]
+        names[name] -= 1
+        if not names[name]:
+            del names[name]
+        if not names:
+            del self._names[block]
+
     def _matched(self, engine: Engine, blocks: Sequence[int]) -> int:
-        key = _key(engine)
-        return next((i for i, block in enumerate(blocks) if (key, block) not in self._sent), len(blocks))
+        sent, name, life = self._sent, engine.name, engine.incarnation
+        return next((i for i, block in enumerate(blocks) if (name, life, block) not in sent), len(blocks))
 
-
-def _key(engine: Engine) -> str:
-    return f"{engine.name}/{engine.incarnation}"
+    def _likely(self, blocks: Sequence[int]) -> Iterator[tuple[int, str]]:
+        """(blocks, name), falling: who was sent so many of the first ones, or fewer."""
+        depth = next((i for i, block in enumerate(blocks) if block not in self._names), len(blocks))
+        told: set[str] = set()
+        for i in range(depth, 0, -1):
+            for name in self._names[blocks[i - 1]]:
+                if name not in told:
+                    told.add(name)
+                    yield i, name

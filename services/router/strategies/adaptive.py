@@ -80,8 +80,7 @@ def best_plan(request: Request, mesh: Mesh, target: float, explore: float) -> Pl
     if drawn % 10_000 < explore * 10_000:
         return Plan(mesh.engines[drawn // 10_000 % len(mesh.engines)], None, 0, 0.0)
     asked = request.sampling.max_new_tokens if request.sampling.HasField("max_new_tokens") else DEFAULT_MAX_NEW_TOKENS
-    near = sorted(mesh.engines, key=lambda e: e.load.work - e.cached(request.token_ids))[:CANDIDATES]
-    calm = sorted(mesh.engines, key=lambda e: e.load.work)[:CANDIDATES]
+    near, calm = mesh.engines.nearest(request.token_ids, CANDIDATES), mesh.engines.calmest(CANDIDATES)
     plans = Model(request.token_ids, asked, target).plans(near, calm)
     return min(plans, key=lambda plan: plan.seconds)
 

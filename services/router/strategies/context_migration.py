@@ -13,10 +13,9 @@ Tokens = Annotated[int, Range(1)]
 def holder_of(request: Request, mesh: Mesh, least: int) -> tuple[Engine, int]:
     """The engine that has most of the context cached, and how much; for what nobody has, the session's own engine."""
     home = mesh.pick(request, "session_sticky")
-    held = {e.name: e.cached(request.token_ids) for e in mesh.engines}
-    best = max(mesh.engines, key=lambda e: held[e.name])
-    engine = best if held[best.name] >= held[home.name] + least else home
-    return engine, held[engine.name]
+    best = mesh.engines.fullest(request.token_ids)
+    held, most = home.cached(request.token_ids), best.cached(request.token_ids)
+    return (best, most) if most >= held + least else (home, held)
 
 
 @strategy
