@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import overhead, transport
+from benchmarks import decisions, overhead, transport
 
-PARTS = {"transport": transport.main, "overhead": overhead.main}
+PARTS = {"transport": transport.main, "overhead": overhead.main, "decisions": decisions.main}
 
 
 def main() -> None:

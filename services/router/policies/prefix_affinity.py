@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
@@ -56,7 +57,8 @@ class PrefixAffinity(Policy):
 
     def _matched(self, engine: Engine, blocks: Sequence[int]) -> int:
         sent, name, life = self._sent, engine.name, engine.incarnation
-        return next((i for i, block in enumerate(blocks) if (name, life, block) not in sent), len(blocks))
+        # Whoever has a block has those before it: they were used as lately.
+        return bisect(blocks, False, key=lambda block: (name, life, block) not in sent)
 
     def _likely(self, blocks: Sequence[int]) -> Iterator[tuple[int, str]]:
         """(blocks, name), falling: who was sent so many of the first ones, or fewer."""
