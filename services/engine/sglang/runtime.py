@@ -315,7 +315,7 @@ def _ending(reason: dict[str, Any], retractions: int) -> Ending:
     return Ending("stop" if kind == "stop" else "length", token, retractions=retractions)
 
 
-def _request(rid: str, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, generated: int) -> Any:
+def _request(rid: str, token_ids: Sequence[int], sampling: SamplingParams, max_new: int, generated: int = 0) -> Any:
     from sglang.srt.managers.io_struct import TokenizedGenerateReqInput
 
     return TokenizedGenerateReqInput(
