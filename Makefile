@@ -5,9 +5,10 @@ PY := .venv/bin/python
 BENCH ?=
 FIGURES ?=
 TESTS ?=
+SEEDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: cluster help setup demo test lint types check format proto docs bench figures clean
+.PHONY: campaign cluster help setup demo test lint types check format proto docs bench figures clean
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -20,6 +21,9 @@ demo: setup ## Starts a mesh of two engines, shows the three strategies side by 
 
 test: setup ## Runs all tests; TESTS=tests/unit runs some.
 	@$(PY) -m pytest $(TESTS)
+
+campaign: setup ## Kills real engines at every stage of a request, SEEDS times each; 20 seeds take about half an hour.
+	@$(PY) -m pytest tests/mesh/test_kills.py --kills $(SEEDS)
 
 lint: setup ## Looks over the code with ruff.
 	@$(PY) -m ruff check .

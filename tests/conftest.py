@@ -1,4 +1,10 @@
 import os
 
+import pytest
+
 # gRPC's C core tells on standard error of every connection that ends; failures it reports to the caller anyway.
 os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--kills", type=int, default=0, help="seeds of the kill campaign on real engines; 0: not run")

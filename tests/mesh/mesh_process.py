@@ -160,8 +160,53 @@ class RunningMesh:
                 process.wait(10)
         assert cleanup.wait_gone(members, 20), f"of {name} there is left: {cleanup.session_members(leader)}"
 
+    def freeze(self, name: str) -> None:
+        """SIGSTOP for all processes of one that runs."""
+        self._signal(name, signal.SIGSTOP)
+
+    def thaw(self, name: str) -> None:
+        """SIGCONT."""
+        self._signal(name, signal.SIGCONT)
+
+    def _signal(self, name: str, number: signal.Signals) -> None:
+        leader = ProcessId.of(self.pid(name))
+        assert leader is not None, f"{name} is gone already"
+        for member in cleanup.session_members(leader):
+            cleanup.send(member, number)
+
+    def kill_whole(self, name: str) -> None:
+        """SIGKILL for all processes of one, also when they are stopped, and away with what they leave."""
+        leader = ProcessId.of(self.pid(name))
+        assert leader is not None, f"{name} is gone already"
+        cleanup.send(leader, signal.SIGKILL)
+        cleanup.kill_session(leader)
+        for process in self._processes:
+            if process.pid == leader.pid:
+                process.wait(10)
+        assert cleanup.wait_gone([leader], 20) and not cleanup.session_members(leader)
+        if (folder := self._sessions.get(leader)) is not None:
+            cleanup.remove_shared_memory(folder)
+
     def start_beside(self, name: str) -> None:
         """Starts an engine under the name of one that is dead, with `kvmesh engine`; returns once it has announced."""
+        announced, process, log = self._engine_beside(name)
+        deadline = time.monotonic() + START_S
+        while not announced.exists():
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()[-4000:]
+            time.sleep(0.1)
+        self._beside[name] = (announced.read_text().strip(), process.pid)
+
+    async def restart_beside(self, name: str) -> None:
+        """As start_beside, while the event loop goes on."""
+        announced, process, log = self._engine_beside(name)
+        async with asyncio.timeout(START_S):
+            while not announced.exists():
+                assert process.poll() is None, log.read_text()[-4000:]
+                await asyncio.sleep(0.1)
+        self._beside[name] = (announced.read_text().strip(), process.pid)
+
+    def _engine_beside(self, name: str) -> tuple[Path, subprocess.Popen[bytes], Path]:
+        """(where it announces, the process, its log)."""
         folder = self.home / f"beside-{name}-{len(self._processes)}"
         folder.mkdir()
         announced = folder / "address"
@@ -174,15 +219,12 @@ class RunningMesh:
             *("--trace-ratio", "0"),
         )
         environment = {**self.environment(), "OMP_NUM_THREADS": "1", "TMPDIR": str(folder)}
-        process = self._spawn(command, self.home / f"{folder.name}.log", environment)
+        log = self.home / f"{folder.name}.log"
+        process = self._spawn(command, log, environment)
         me = ProcessId.of(process.pid)
         assert me is not None
         self._sessions[me] = Path(made.name)
-        deadline = time.monotonic() + START_S
-        while not announced.exists():
-            assert process.poll() is None and time.monotonic() < deadline, self.logs[f"{folder.name}.log"][-4000:]
-            time.sleep(0.1)
-        self._beside[name] = (announced.read_text().strip(), process.pid)
+        return announced, process, log
 
     def start_store_beside(self, name: str, *arguments: str) -> None:
         """Starts a KV store under the name of one that is dead; returns once it has announced."""

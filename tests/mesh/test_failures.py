@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AsyncExitStack
 from pathlib import Path
 
@@ -14,6 +14,8 @@ import grpc.aio
 import pytest
 from direct import DirectEngine, spare
 from hf_reference import Comparison
+from kill_campaign import STRATEGY_DIR, Plan, Tally, one_kill
+from kill_field import MeshField
 from mesh_process import RunningMesh, running
 from prompts import prompt
 
@@ -29,7 +31,7 @@ DEADLINE_S, LATE_S = 30, 40
 @pytest.fixture(scope="module")
 def doomed(mesh_home: Path, model: Path) -> Iterator[RunningMesh]:
     """Three engines to begin with, without tracing."""
-    arguments = ["--engines", "3", "--kv-tokens", "12288", "--trace-ratio", "0"]
+    arguments = ["--engines", "3", "--kv-tokens", "12288", "--trace-ratio", "0", "--strategy-dir", str(STRATEGY_DIR)]
     yield from running(RunningMesh(mesh_home, "doomed", model, arguments))
 
 
@@ -68,6 +70,23 @@ async def ask(client: AsyncClient, token_ids: list[int], count: int, **fields: o
         token_ids, temperature=0, ignore_eos=True, max_new_tokens=count, timeout=DEADLINE_S, **fields
     )
     return await answer.wait()
+
+
+@pytest.mark.parametrize("stage", ["prep_recv", "first_token"])
+async def test_an_engine_is_killed_at_a_stage(
+    doomed: RunningMesh,
+    two: list[str],
+    client: AsyncClient,
+    comparison: Comparison,
+    tmp_path: Path,
+    note: Callable[[str], None],
+    stage: str,
+) -> None:
+    """The campaign of test_kills.py has all stages, and many seeds."""
+    await seen(client, two)
+    field, tally = MeshField(doomed, client, comparison, tmp_path), Tally()
+    await one_kill(field, Plan.of(stage, 0, field), tally)
+    note(tally.line())
 
 
 async def test_the_prefill_engine_is_killed(

@@ -1,0 +1,131 @@
+"""Simulated engines that are processes, to be killed and stopped, on a real registry and router in this process."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import signal
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+from router_harness import Harness
+
+from kvmesh.grpcx import channel
+from kvmesh.v1 import engine_pb2, engine_pb2_grpc, router_pb2
+from services.engine.cli import EngineConfig
+
+PR_SET_PDEATHSIG = 1
+START_S = 20.0
+# A server that has loaded everything, and forks: an engine is there in a moment.
+FORKS = multiprocessing.get_context("forkserver")
+
+
+def run_engine(fields: dict[str, Any], log: str) -> None:
+    """The engine's process."""
+    from kvmesh.aio import run, setup_logging
+    from services.engine.main import serve
+
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+    out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for number in (1, 2):
+        os.dup2(out, number)
+    setup_logging(fields["name"])
+    run(serve(EngineConfig(**fields)))
+
+
+class SimProcesses(Harness):
+    """Engines s0, s1 …, each a process."""
+
+    def __init__(self, engines: int, *, tmp: Path, **config: Any) -> None:
+        super().__init__(0, tmp=tmp)
+        self.tmp = tmp
+        self.names = [f"s{i}" for i in range(engines)]
+        self.config: dict[str, Any] = {"sim": "tiny-cpu", "trace_ratio": 0.0, **config}
+        self.processes: dict[str, Any] = {}
+        self._dead: list[Any] = []
+        self.router_settings: dict[str, Any] = {}
+
+    async def _start(self) -> None:
+        FORKS.set_forkserver_preload(["services.engine.main", "services.engine.sim.launch", "uvloop"])
+        # Simulated models have no tokenizer; importing the library takes seconds.
+        self._stack.enter_context(patch("kvmesh.tokenizer._library", lambda: None))
+        await self.start_registry("127.0.0.1:0")
+        self._stack.push_async_callback(self.stop_registry)
+        self._stack.push_async_callback(self._stop_engines)
+        await asyncio.gather(*(self.start_engine(name) for name in self.names))
+        self.router = await self.start_router(wait_engines=len(self.names), **self.router_settings)
+
+    async def start_engine(self, name: str) -> None:
+        """Starts it; returns when it has announced."""
+        announced = self.tmp / f"{name}.address"
+        announced.unlink(missing_ok=True)
+        fields = asdict(EngineConfig(name=name, registry=self.registry.address, announce=str(announced), **self.config))
+        process = FORKS.Process(target=run_engine, args=(fields, str(self.tmp / f"{name}.log")), daemon=True)
+        await asyncio.to_thread(process.start)
+        self.processes[name] = process
+        async with asyncio.timeout(START_S):
+            while not announced.exists():
+                assert process.is_alive(), (self.tmp / f"{name}.log").read_text()
+                await asyncio.sleep(0.01)
+
+    def signal(self, name: str, number: signal.Signals) -> None:
+        os.kill(self.processes[name].pid, number)
+
+    async def kill_engine(self, name: str) -> None:
+        """SIGKILL; returns when it is gone."""
+        process = self.processes.pop(name)
+        process.kill()
+        await asyncio.to_thread(process.join, START_S)
+        assert not process.is_alive()
+
+    async def _stop_engines(self) -> None:
+        for process in self.processes.values():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process.pid, signal.SIGCONT)
+            process.terminate()
+        for process in self.processes.values():
+            await asyncio.to_thread(process.join, START_S)
+            if process.is_alive():
+                process.kill()
+
+    def address(self, name: str) -> str:
+        return (self.tmp / f"{name}.address").read_text().strip()
+
+    async def connected(self, name: str) -> None:
+        """Waits until the router has this life of the engine up."""
+        async with asyncio.timeout(START_S):
+            while True:
+                mesh = await self.router.GetMesh(router_pb2.GetMeshRequest(), timeout=5)
+                up = {e.member.endpoint.name: e.member.endpoint.address for e in mesh.engines if e.connected}
+                if up.get(name) == self.address(name):
+                    return
+                await asyncio.sleep(0.01)
+
+    async def load(self, name: str) -> tuple[engine_pb2.LoadReport, int]:
+        """(load, slots in all) as the engine says now."""
+        async with channel(self.address(name)) as ch:
+            call = engine_pb2_grpc.EngineStub(ch).WatchStatus(engine_pb2.WatchStatusRequest(), timeout=5)
+            total = 0
+            async for status in call:
+                if status.HasField("info"):
+                    total = status.info.total_slots
+                if status.HasField("load"):
+                    call.cancel()
+                    return status.load, total
+        raise AssertionError
+
+    async def at_rest(self, names: list[str], timeout: float = 20.0) -> None:
+        """Waits until every slot of these engines is free or cached, and nothing runs."""
+        for name in names:
+            async with asyncio.timeout(timeout):
+                while True:
+                    load, total = await self.load(name)
+                    busy = load.running_requests or load.waiting_requests or load.tickets or load.sending
+                    if not busy and load.free_slots + load.cached_slots == total:
+                        break
+                    await asyncio.sleep(0.02)
