@@ -44,18 +44,25 @@ class Stages:
         """Says it, then waits if it is to."""
         if not self._note:
             return
-        with open(self._note, "a") as file:
-            file.write(f"{stage} {' '.join(engines)}\n")
+        self._say(f"{stage} {' '.join(engines)}\n")
         go, deadline = Path(f"{self._note}.go"), time.monotonic() + HOLD_S
         while stage in self._hold and not go.exists() and time.monotonic() < deadline:
             await asyncio.sleep(0.002)
+
+    def _say(self, line: str) -> None:
+        with open(self._note, "a") as file:
+            file.write(line)
 
 
 class StagedGeneration(Generating):
     """Starts with the first chunk that is asked for."""
 
     def __init__(
-        self, engine: StagedEngine, token_ids: Sequence[int], ticket: TicketHandle | None, sampling: SamplingParams | None
+        self,
+        engine: StagedEngine,
+        token_ids: Sequence[int],
+        ticket: TicketHandle | None,
+        sampling: SamplingParams | None,
     ) -> None:
         self._engine, self._asked = engine, (token_ids, ticket, sampling)
         self._inner: Generating | None = None
