@@ -93,6 +93,10 @@ class Attempt:
             self._links[link.name] = link
             link.acquire()
 
+    def link(self, name: str) -> EngineLink | None:
+        """The engine of that name, if it is in use."""
+        return self._links.get(name)
+
     def charge(self, link: EngineLink, tokens: int) -> None:
         """Counts one request of `tokens` as load of the engine, in place of what this attempt charged it with."""
         self.settle(link)

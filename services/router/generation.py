@@ -8,12 +8,13 @@ from collections.abc import Sequence
 import grpc
 import grpc.aio
 
-from kvmesh.errors import Internal, MeshError
+from kvmesh.errors import Internal, MeshError, Unavailable
 from kvmesh.strategy import Chunk, Generating, TicketHandle
 from kvmesh.telemetry import fail, inject
 from kvmesh.v1.common_pb2 import SamplingParams
 from kvmesh.v1.engine_pb2 import GenerateFinished, StartGenerateRequest, StartGenerateResponse
 from services.router.attempt import Attempt
+from services.router.hearing import cancelled
 from services.router.link import EngineLink
 
 # After the last message, how long the call may take to end.
@@ -35,6 +36,8 @@ class Generation(Generating):
         self._attempt, self._link = attempt, link
         self._token_ids, self._ticket, self._sampling = token_ids, ticket, sampling
         self._begun = self._finished = self._over = False
+        # Why the engine is given up, once it hangs.
+        self._silent = ""
         self._id = attempt.generation_id()
         self._begin = 0 if ticket is None else ticket.filled
         self._received = 0 if ticket is None else ticket.filled - ticket.matched
@@ -43,6 +46,7 @@ class Generation(Generating):
         self._span = attempt.child("start_generate", link, begin=self._begin, end=len(token_ids))
         self._open(left)
         attempt.running(self)
+        link.hearing.running(self._hang)
 
     def _open(self, timeout: float) -> None:
         request = StartGenerateRequest(
@@ -70,6 +74,8 @@ class Generation(Generating):
             except TimeoutError:
                 self._call.cancel()
             except asyncio.CancelledError:
+                if self._silent and not self._finished and not cancelled():
+                    self._give_up()
                 self.cancel()
                 raise
             else:
@@ -88,6 +94,16 @@ class Generation(Generating):
         if not self._over:
             self._call.cancel()
             self._end(None if self._finished else asyncio.CancelledError("cancelled"))
+
+    def _hang(self, reason: str) -> None:
+        self._silent = reason
+        self._call.cancel()
+
+    def _give_up(self) -> None:
+        """Raises what a hanging engine comes to."""
+        failure = self._attempt.blame(self._link, Unavailable(self._silent))
+        self._end(failure)
+        raise failure
 
     def _take(self, message: StartGenerateResponse) -> Chunk:
         if not self._begun:
@@ -147,6 +163,7 @@ class Generation(Generating):
     def _end(self, error: BaseException | None = None) -> None:
         self._over = True
         self._attempt.ended(self)
+        self._link.hearing.ended(self._hang)
         self._attempt.settle(self._link)
         if self._begun and not self._finished:
             matched = self._begin - self._received

@@ -18,6 +18,7 @@ from kvmesh.v1.kv_pb2 import PrepRecvRequest, RemoteSendRequest
 from services.router.attempt import Attempt
 from services.router.generation import Generation
 from services.router.link import EngineLink
+from services.router.silence import Silence
 
 T = TypeVar("T")
 
@@ -82,9 +83,13 @@ class EngineHandle(Engine):
             waiting = asyncio.shield(outcome)
             a.running(waiting)
             try:
-                reply = await waiting
+                with Silence(a, waiting, link) as silence:
+                    reply = await waiting
             except asyncio.CancelledError:
                 a.abandon(link, call, outcome)
+                if silence.broke:
+                    a.settle(link)
+                    raise silence.failure() from None
                 raise
             finally:
                 a.ended(waiting)
@@ -143,7 +148,8 @@ class EngineHandle(Engine):
         # Until there is an answer nobody here knows what the receiver has.
         certain, ticket.certain = ticket.certain, False
         try:
-            reply = await call
+            with Silence(a, call, link, a.link(ticket.engine)) as silence:
+                reply = await call
             ticket.filled, ticket.certain = begin + reply.sent_tokens, certain
             a.ledger.sent(self.name, ticket.engine, reply)
             link.meter.prefilling(reply.computed_tokens - (end - begin))
@@ -164,6 +170,9 @@ class EngineHandle(Engine):
             fail(span, failure := a.blame_for_send(link, ticket.engine, error))
             raise failure from error
         except asyncio.CancelledError as error:
+            if silence.broke:
+                fail(span, failure := silence.failure())
+                raise failure from None
             fail(span, error)
             raise
         finally:

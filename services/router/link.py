@@ -22,13 +22,12 @@ from kvmesh.v1.kv_pb2_grpc import KvEndpointStub
 from kvmesh.v1.registry_pb2 import Member
 from services.router.breaker import Breaker
 from services.router.credit import Credits
+from services.router.hearing import BEAT_S, Hearing, cancelled
 from services.router.kvindex import BlockMap, CacheIndex
 from services.router.meter import Meter
 
 log = logging.getLogger(__name__)
 
-# An engine reports at least every REPORT_S; one that is silent for SILENCE_S hangs.
-REPORT_S, SILENCE_S = 1.0, 5.0
 BACKOFF_S = (0.1, 2.0)
 # Nobody has asked for the cache so long: the engine need not tell any more.
 CACHE_IDLE_S = 300.0
@@ -67,6 +66,7 @@ class EngineLink:
         self.engine = EngineStub(self._channel)
         self.breaker = Breaker()
         self.meter = Meter()
+        self.hearing = Hearing(self.name)
         self._cache: CacheIndex | None = None
         self._cache_asked = 0.0
         self._call: Any = None
@@ -199,9 +199,7 @@ class EngineLink:
                 if self._reopening:
                     self._reopening = False
                     continue
-                reason = "ended"
-            except TimeoutError:
-                reason = f"is silent for {SILENCE_S:g} s"
+                reason = "is silent" if self.hearing.silent else "ended"
             except grpc.aio.AioRpcError as error:
                 reason = f"broke ({error.code().name}: {error.details()})"
             if self.connected:
@@ -212,20 +210,19 @@ class EngineLink:
             backoff = min(backoff * 2, BACKOFF_S[1])
 
     async def _read_statuses(self) -> bool:
-        """Reads one status stream until it ends; whether it delivered anything."""
+        """Reads one status stream until it ends, or is silent; whether it delivered anything."""
         delivered = False
-        request = WatchStatusRequest(interval_ms=int(REPORT_S * 1000), cache=self._cache is not None)
+        request = WatchStatusRequest(interval_ms=int(BEAT_S * 1000), cache=self._cache is not None)
         call = self._call = self.engine.WatchStatus(request)
         try:
-            while True:
-                async with asyncio.timeout(SILENCE_S):
-                    status = await call.read()
-                if not isinstance(status, EngineStatus):
-                    return delivered
-                self._deliver(status)
-                delivered = True
+            with self.hearing.listening(call.cancel):
+                while isinstance(status := await call.read(), EngineStatus):
+                    self.hearing.heard()
+                    self._deliver(status)
+                    delivered = True
+                return delivered
         except asyncio.CancelledError:
-            if not self._reopening or ((task := asyncio.current_task()) is not None and task.cancelling()):
+            if cancelled() or not (self._reopening or self.hearing.silent):
                 raise
             return delivered
         finally:

@@ -13,7 +13,8 @@ from kvmesh.v1.kvstore_pb2 import StoreInfo, StoreStats, StoreStatus, WatchStore
 from kvmesh.v1.kvstore_pb2_grpc import KvStoreStub
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_KVSTORE, Member
 from kvmesh.v1.router_pb2 import MeshStore
-from services.router.link import REPORT_S, SILENCE_S, EngineLink
+from services.router.hearing import BEAT_S, cancelled
+from services.router.link import EngineLink
 
 log = logging.getLogger(__name__)
 
@@ -29,15 +30,18 @@ class StoreLink(EngineLink):
 
     async def _read_statuses(self) -> bool:
         delivered = False
-        call = self.store.WatchStatus(WatchStoreRequest(interval_ms=int(REPORT_S * 1000)))
+        call = self.store.WatchStatus(WatchStoreRequest(interval_ms=int(BEAT_S * 1000)))
         try:
-            while True:
-                async with asyncio.timeout(SILENCE_S):
-                    status = await call.read()
-                if not isinstance(status, StoreStatus):
-                    return delivered
-                self._take(status)
-                delivered = True
+            with self.hearing.listening(call.cancel):
+                while isinstance(status := await call.read(), StoreStatus):
+                    self.hearing.heard()
+                    self._take(status)
+                    delivered = True
+                return delivered
+        except asyncio.CancelledError:
+            if cancelled() or not self.hearing.silent:
+                raise
+            return delivered
         finally:
             call.cancel()
 

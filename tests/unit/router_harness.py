@@ -82,7 +82,9 @@ class Harness:
     async def start_router(self, **settings: Any) -> Any:
         """A stub of one more router on this mesh."""
         settings = {"wait_engines": len(self.engines), "trace_dir": str(self.traces), **settings}
-        config = RouterConfig(listen="127.0.0.1:0", registry=self.registry.address, **settings)
+        if "registry" not in settings:
+            settings["registry"] = self.registry.address
+        config = RouterConfig(listen="127.0.0.1:0", **settings)
         async with asyncio.timeout(60):
             server = await start(config, self._stack)
         self.servers.append(server)

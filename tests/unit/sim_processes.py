@@ -8,6 +8,7 @@ import ctypes
 import multiprocessing
 import os
 import signal
+from collections.abc import Coroutine
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,8 @@ from router_harness import Harness
 from kvmesh.grpcx import channel
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, router_pb2
 from services.engine.cli import EngineConfig
+from services.registry.cli import RegistryConfig
+from services.router.cli import RouterConfig
 
 PR_SET_PDEATHSIG = 1
 START_S = 20.0
@@ -25,65 +28,104 @@ START_S = 20.0
 FORKS = multiprocessing.get_context("forkserver")
 
 
-def run_engine(fields: dict[str, Any], log: str) -> None:
-    """The engine's process."""
+def run_service(kind: str, fields: dict[str, Any], log: str) -> None:
+    """A process of the mesh."""
     from kvmesh.aio import run, setup_logging
-    from services.engine.main import serve
 
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
     out = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for number in (1, 2):
         os.dup2(out, number)
-    setup_logging(fields["name"])
-    run(serve(EngineConfig(**fields)))
+    setup_logging(fields.get("name", kind))
+    # Simulated models have no tokenizer; importing the library takes seconds.
+    with patch("kvmesh.tokenizer._library", lambda: None):
+        run(_serve(kind, fields))
+
+
+def _serve(kind: str, fields: dict[str, Any]) -> Coroutine[Any, Any, None]:
+    if kind == "engine":
+        from services.engine.main import serve as engine
+
+        return engine(EngineConfig(**fields))
+    if kind == "router":
+        from services.router.main import serve as router
+
+        return router(RouterConfig(**fields))
+    from services.registry.cli import serve as registry
+
+    return registry(RegistryConfig(**fields))
 
 
 class SimProcesses(Harness):
-    """Engines s0, s1 …, each a process."""
+    """Engines s0, s1 …, each a process; a router in this one, and a registry: in this one too, or a process."""
 
-    def __init__(self, engines: int, *, tmp: Path, **config: Any) -> None:
+    def __init__(self, engines: int, *, tmp: Path, registry: dict[str, Any] | None = None, **config: Any) -> None:
         super().__init__(0, tmp=tmp)
         self.tmp = tmp
         self.names = [f"s{i}" for i in range(engines)]
-        self.config: dict[str, Any] = {"sim": "tiny-cpu", "trace_ratio": 0.0, **config}
+        self.config: dict[str, Any] = {"sim": "tiny-cpu", **config}
         self.processes: dict[str, Any] = {}
-        self._dead: list[Any] = []
-        self.router_settings: dict[str, Any] = {}
+        self.router_settings: dict[str, Any] = {"trace_ratio": 0.0}
+        # Settings of a registry that is a process.
+        self._registry_config = registry
 
     async def _start(self) -> None:
-        FORKS.set_forkserver_preload(["services.engine.main", "services.engine.sim.launch", "uvloop"])
-        # Simulated models have no tokenizer; importing the library takes seconds.
+        FORKS.set_forkserver_preload(
+            ["services.engine.main", "services.engine.sim.launch", "services.router.main", "services.registry.etcd"]
+        )
         self._stack.enter_context(patch("kvmesh.tokenizer._library", lambda: None))
-        await self.start_registry("127.0.0.1:0")
-        self._stack.push_async_callback(self.stop_registry)
-        self._stack.push_async_callback(self._stop_engines)
+        self._stack.push_async_callback(self._stop_processes)
+        if self._registry_config is None:
+            await self.start_registry("127.0.0.1:0")
+            self._stack.push_async_callback(self.stop_registry)
+            self.registry_address = self.registry.address
+        else:
+            await self.start_registry_process("127.0.0.1:0")
         await asyncio.gather(*(self.start_engine(name) for name in self.names))
-        self.router = await self.start_router(wait_engines=len(self.names), **self.router_settings)
+        self.router = await self.start_router(
+            **{"registry": self.registry_address, "wait_engines": len(self.names), **self.router_settings}
+        )
+
+    async def start_registry_process(self, listen: str) -> None:
+        """A registry that is a process, called registry."""
+        fields = {"listen": listen, **(self._registry_config or {})}
+        self.registry_address = await self.spawn("registry", "registry", asdict(RegistryConfig(**fields)))
 
     async def start_engine(self, name: str) -> None:
         """Starts it; returns when it has announced."""
+        fields = {"name": name, "registry": self.registry_address, "trace_ratio": 0.0, **self.config}
+        await self.spawn("engine", name, asdict(EngineConfig(**fields)))
+
+    async def start_router_process(self, name: str, **settings: Any) -> str:
+        """A router that is a process; its address."""
+        fields = {"name": name, "registry": self.registry_address, "listen": "127.0.0.1:0", "trace_ratio": 0.0}
+        return await self.spawn("router", name, asdict(RouterConfig(**{**fields, **settings})))
+
+    async def spawn(self, kind: str, name: str, fields: dict[str, Any]) -> str:
+        """Starts a process; the address that it announces."""
         announced = self.tmp / f"{name}.address"
         announced.unlink(missing_ok=True)
-        fields = asdict(EngineConfig(name=name, registry=self.registry.address, announce=str(announced), **self.config))
-        process = FORKS.Process(target=run_engine, args=(fields, str(self.tmp / f"{name}.log")), daemon=True)
+        fields["announce"] = str(announced)
+        process = FORKS.Process(target=run_service, args=(kind, fields, str(self.tmp / f"{name}.log")))
         await asyncio.to_thread(process.start)
         self.processes[name] = process
         async with asyncio.timeout(START_S):
             while not announced.exists():
                 assert process.is_alive(), (self.tmp / f"{name}.log").read_text()
                 await asyncio.sleep(0.01)
+        return announced.read_text().strip()
 
     def signal(self, name: str, number: signal.Signals) -> None:
         os.kill(self.processes[name].pid, number)
 
-    async def kill_engine(self, name: str) -> None:
+    async def kill(self, name: str) -> None:
         """SIGKILL; returns when it is gone."""
         process = self.processes.pop(name)
         process.kill()
         await asyncio.to_thread(process.join, START_S)
         assert not process.is_alive()
 
-    async def _stop_engines(self) -> None:
+    async def _stop_processes(self) -> None:
         for process in self.processes.values():
             with contextlib.suppress(ProcessLookupError):
                 os.kill(process.pid, signal.SIGCONT)

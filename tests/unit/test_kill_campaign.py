@@ -28,13 +28,13 @@ class SimField(Field):
 
     @property
     def engines(self) -> Sequence[str]:
-        return sorted(self.mesh.processes)
+        return [name for name in self.mesh.names if name in self.mesh.processes]
 
     async def freeze(self, name: str) -> None:
         self.mesh.signal(name, signal.SIGSTOP)
 
     async def kill(self, name: str, draw: random.Random) -> None:
-        await self.mesh.kill_engine(name)
+        await self.mesh.kill(name)
 
     async def restart(self, name: str) -> None:
         await self.mesh.start_engine(name)
