@@ -179,7 +179,8 @@ class MeshWatch:
     """The members of the mesh, by name: the newest that is known, also while the registry is away.
 
     `on_change` is called with the new `members` after each change, in the event loop; it must not block.
-    A change makes a new dict: one that was handed out stays as it was.
+    A change makes a new dict: one that was handed out stays as it was. A registry that comes back may have forgotten
+    everybody: who is missing then is known for `patience` seconds more, in which to register again.
     """
 
     def __init__(
@@ -188,9 +189,13 @@ class MeshWatch:
         on_change: Callable[[dict[str, pb.Member]], None] | None = None,
         *,
         channel: grpc.aio.Channel | None = None,
+        patience: float = 0.0,
     ) -> None:
         self._link = RegistryLink(registry_address, channel)
         self._on_change = on_change
+        self._patience = patience
+        # Incarnations of those that the registry, being back, has not heard of yet.
+        self._missing: set[str] = set()
         self._changed = asyncio.Condition()
         self._tasks = Tasks()
         self.members: dict[str, pb.Member] = {}
@@ -231,12 +236,33 @@ class MeshWatch:
             await asyncio.sleep(backoff.delay())
 
     async def _apply(self, change: pb.WatchResponse) -> None:
-        members = {} if change.snapshot else dict(self.members)
+        members = self._waited_for(change) if change.snapshot else dict(self.members)
         for endpoint in change.left:
             known = members.get(endpoint.name)
             if known is not None and known.endpoint.incarnation == endpoint.incarnation:
                 del members[endpoint.name]
         members.update((m.endpoint.name, m) for m in change.present)
+        self._missing.difference_update(m.endpoint.incarnation for m in change.present)
+        await self._set(members)
+
+    def _waited_for(self, snapshot: pb.WatchResponse) -> dict[str, pb.Member]:
+        """The members known that are not in the snapshot, if they are to be waited for."""
+        present = {m.endpoint.name for m in snapshot.present}
+        missing = {name: m for name, m in self.members.items() if name not in present}
+        if not missing or not self._patience:
+            return {}
+        incarnations = {m.endpoint.incarnation for m in missing.values()}
+        self._missing |= incarnations
+        self._tasks.start(self._give_up(incarnations), "wait for members to register again")
+        return missing
+
+    async def _give_up(self, incarnations: set[str]) -> None:
+        await asyncio.sleep(self._patience)
+        gone = self._missing & incarnations
+        self._missing -= gone
+        await self._set({name: m for name, m in self.members.items() if m.endpoint.incarnation not in gone})
+
+    async def _set(self, members: dict[str, pb.Member]) -> None:
         if members == self.members:
             return
         self.members = members

@@ -41,6 +41,8 @@ log = logging.getLogger(__name__)
 
 # Tries to reach the registry go on for so long before the router gives up.
 REGISTER_S = 60.0
+# A registry that is back may know nobody; whoever lives has registered again by then.
+PATIENCE_S = 10.0
 
 
 async def serve(config: RouterConfig) -> None:
@@ -69,7 +71,7 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     stack.push_async_callback(board.close)
     runtime = Runtime(view, telemetry.tracer)
     stack.push_async_callback(runtime.close)
-    watch = MeshWatch(config.registry, view.update)
+    watch = MeshWatch(config.registry, view.update, patience=PATIENCE_S)
     stack.push_async_callback(watch.close)
     admission = Admission(config.max_running, config.max_running_tokens, config.max_waiting)
     door = Door(view, board, runtime, tokenizers, telemetry, admission)

@@ -16,7 +16,7 @@ from unittest.mock import patch
 
 from router_harness import Harness
 
-from kvmesh.grpcx import channel
+from kvmesh.grpcx import channel, wait_serving
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, router_pb2
 from services.engine.cli import EngineConfig
 from services.registry.cli import RegistryConfig
@@ -97,9 +97,11 @@ class SimProcesses(Harness):
         await self.spawn("engine", name, asdict(EngineConfig(**fields)))
 
     async def start_router_process(self, name: str, **settings: Any) -> str:
-        """A router that is a process; its address."""
+        """A router that is a process; its address, once it is ready."""
         fields = {"name": name, "registry": self.registry_address, "listen": "127.0.0.1:0", "trace_ratio": 0.0}
-        return await self.spawn("router", name, asdict(RouterConfig(**{**fields, **settings})))
+        address = await self.spawn("router", name, asdict(RouterConfig(**{**fields, **settings})))
+        await wait_serving(address, START_S)
+        return address
 
     async def spawn(self, kind: str, name: str, fields: dict[str, Any]) -> str:
         """Starts a process; the address that it announces."""

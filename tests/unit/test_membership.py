@@ -130,6 +130,28 @@ async def test_a_snapshot_replaces_what_was_known(registry):
     await watch.close()
 
 
+async def test_who_is_missing_after_a_restart_is_waited_for(registry):
+    seen: list[set[str]] = []
+    watch = MeshWatch(registry.address, lambda members: seen.append(set(members)), patience=3.0)
+    lives, gone = (Membership(registry.address, member(name, name * 32), ttl_ms=1000) for name in "ab")
+    watch.start()
+    for membership in (lives, gone):
+        await membership.start(timeout=5)
+    await watch.wait_for(names("a", "b"), 5)
+    await registry.stop()
+    await gone.stop()
+    await until(lambda: not watch.connected)
+    await registry.start()
+    await until(lambda: watch.connected)
+    await watch.wait_for(names("a"), 10)
+    # Nobody was forgotten who lives.
+    assert all("a" in members for members in seen)
+    assert set(registry.backend._lease_of) == {"a"}
+    await lives.stop()
+    await watch.wait_for(names(), 5)
+    await watch.close()
+
+
 async def test_start_waits_for_the_registry_and_gives_up_in_time(registry):
     address = registry.address
     await registry.stop()
