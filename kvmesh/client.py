@@ -21,6 +21,7 @@ import grpc.aio
 
 from kvmesh import errors, grpcx
 from kvmesh.errors import InvalidArgument, MeshError, Unavailable
+from kvmesh.tls import Tls
 from kvmesh.v1 import router_pb2 as pb
 from kvmesh.v1.common_pb2 import FinishReason, GenerateUsage, SamplingParams
 from kvmesh.v1.router_pb2_grpc import RouterStub
@@ -191,12 +192,16 @@ class AsyncAnswer:
 
 
 class Client:
-    """A blocking client of the router at `address` (HOST:PORT). Threads may share it."""
+    """A blocking client of the router at `address` (HOST:PORT). Threads may share it.
 
-    def __init__(self, address: str) -> None:
+    `tls` is for a mesh with TLS, `api_key` for a router that asks for keys.
+    """
+
+    def __init__(self, address: str, *, tls: Tls | None = None, api_key: str = "") -> None:
         self.address = address
         grpcx.split_address(address)
-        self._channel = grpcx.blocking_channel(address)
+        self._metadata = authorization(api_key)
+        self._channel = grpcx.blocking_channel(address, tls)
         self._stub: Any = RouterStub(self._channel)
 
     def __enter__(self) -> Client:
@@ -229,7 +234,7 @@ class Client:
         """
         request = _request(prompt, strategy, strategy_params, request_id, model, sampling)
         _on_account(request, session, tenant, priority)
-        return Answer(self._stub.Generate(request, timeout=timeout), self._translate)
+        return Answer(self._stub.Generate(request, timeout=timeout, metadata=self._metadata), self._translate)
 
     def strategies(self) -> list[pb.StrategyInfo]:
         """All strategies that the router knows, with their parameters."""
@@ -271,7 +276,7 @@ class Client:
 
     def _call(self, method: str, request: Any) -> Any:
         try:
-            return getattr(self._stub, method)(request, timeout=CALL_TIMEOUT)
+            return getattr(self._stub, method)(request, timeout=CALL_TIMEOUT, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._translate(error) from None
 
@@ -280,12 +285,13 @@ class Client:
 
 
 class AsyncClient:
-    """An asyncio client of the router at `address` (HOST:PORT)."""
+    """An asyncio client of the router at `address` (HOST:PORT). `tls` and `api_key` as Client's."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, tls: Tls | None = None, api_key: str = "") -> None:
         self.address = address
         grpcx.split_address(address)
-        self._channel = grpcx.channel(address)
+        self._metadata = authorization(api_key)
+        self._channel = grpcx.channel(address, tls)
         self._stub: Any = RouterStub(self._channel)
 
     async def __aenter__(self) -> AsyncClient:
@@ -320,7 +326,7 @@ class AsyncClient:
         """
         request = _request(prompt, strategy, strategy_params, request_id, model, sampling)
         _on_account(request, session, tenant, priority)
-        return AsyncAnswer(self._stub.Generate(request, timeout=timeout), self._translate)
+        return AsyncAnswer(self._stub.Generate(request, timeout=timeout, metadata=self._metadata), self._translate)
 
     async def strategies(self) -> list[pb.StrategyInfo]:
         """All strategies that the router knows, with their parameters."""
@@ -362,12 +368,17 @@ class AsyncClient:
 
     async def _call(self, method: str, request: Any) -> Any:
         try:
-            return await getattr(self._stub, method)(request, timeout=CALL_TIMEOUT)
+            return await getattr(self._stub, method)(request, timeout=CALL_TIMEOUT, metadata=self._metadata)
         except grpc.RpcError as error:
             raise self._translate(error) from None
 
     def _translate(self, error: grpc.RpcError) -> MeshError:
         return _translate(error, self.address)
+
+
+def authorization(api_key: str) -> tuple[tuple[str, str], ...] | None:
+    """gRPC metadata that shows an API key; None for an empty one."""
+    return (("authorization", f"Bearer {api_key}"),) if api_key else None
 
 
 def _request(

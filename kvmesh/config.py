@@ -22,13 +22,18 @@ import typing
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import urlsplit
 
 import click
 
 from kvmesh.errors import InvalidArgument
 from kvmesh.grpcx import split_address
+from kvmesh.sizes import parse_size
+
+if TYPE_CHECKING:
+    from kvmesh.guard import Access
+    from kvmesh.tls import Tls
 
 T = TypeVar("T")
 
@@ -71,14 +76,37 @@ class ServiceConfig(TraceConfig):
     announce: str = setting("", "File to write the address to, once it is bound.")
     metrics: str = setting("", "HOST:PORT of a page with Prometheus metrics; port 0 takes a free one. [default: none]")
     log_level: str = setting("info", "debug, info, warning or error.")
+    tls_ca: str = setting("", "PEM file of the CA whose certificates are believed; turns TLS on. See docs/security.md.")
+    tls_cert: str = setting("", "PEM file of the service's own certificate.")
+    tls_key: str = setting("", "PEM file of its key.")
+    max_message: str = setting("64MiB", "Largest message that is taken from a caller.")
 
     def __post_init__(self) -> None:
         super().__post_init__()
         split_address(self.listen)
+        if (self.tls_ca or self.tls_cert or self.tls_key) and not (self.tls_ca and self.tls_cert and self.tls_key):
+            raise InvalidArgument("give all of --tls-ca, --tls-cert and --tls-key, or none")
+        if not 4096 <= parse_size(self.max_message, "max_message") <= 1 << 30:
+            raise InvalidArgument(f"max_message = {self.max_message} is not between 4KiB and 1GiB")
         if self.metrics:
             split_address(self.metrics)
         if self.log_level not in LEVELS:
             raise InvalidArgument(f"log_level = {self.log_level!r} is not {', '.join(LEVELS[:-1])} or {LEVELS[-1]}")
+
+    def tls(self) -> Tls | None:
+        """What the service shows and believes; None without TLS. Raises InvalidArgument."""
+        from kvmesh.tls import Tls
+
+        return Tls.read(self.tls_ca, self.tls_cert, self.tls_key)
+
+    def access(self) -> Access:
+        """How it may be called: with TLS, by services of the mesh. Raises InvalidArgument."""
+        from kvmesh.guard import Access, ServicesOnly
+
+        tls = self.tls()
+        return Access(
+            tls, guard=ServicesOnly() if tls else None, message_bytes=parse_size(self.max_message, "max_message")
+        )
 
 
 def _check_endpoint(endpoint: str) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import inspect
+import ipaddress
 import logging
 import math
 import os
@@ -20,15 +21,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from kvmesh.errors import RETRY_AFTER, TOLD, DeadlineExceeded, Internal, InvalidArgument, MeshError, Unavailable
+from kvmesh.sizes import MESSAGE_BYTES
 
 if TYPE_CHECKING:
     import grpc
     import grpc.aio
 
+    from kvmesh.guard import Access
+    from kvmesh.tls import Tls
+
 log = logging.getLogger(__name__)
 F = TypeVar("F", bound=Callable[..., Any])
 
-MESSAGE_BYTES = 64 << 20
 # gRPC refuses calls whose trailers have more than 8 KiB.
 STATUS_CHARS = 1000
 # Calls that end by themselves are given this long when a server stops.
@@ -101,28 +105,45 @@ def _keep_engine() -> None:
     grpc.aio.init_grpc_aio()  # type: ignore[attr-defined]
 
 
-def channel(address: str) -> grpc.aio.Channel:
+def loopback(host: str) -> bool:
+    """Whether only this machine reaches `host`, as far as its text tells."""
+    try:
+        return ipaddress.ip_address(host.partition("%")[0]).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
     """An asyncio channel that connects, and reconnects, by itself; its owner closes it."""
     import grpc.aio
 
     _keep_engine()
-    return grpc.aio.insecure_channel(address, options=_CHANNEL)
+    if tls is None:
+        return grpc.aio.insecure_channel(address, options=_CHANNEL)
+    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=_CHANNEL)
 
 
-def blocking_channel(address: str) -> grpc.Channel:
+def connector(tls: Tls | None) -> Callable[[str], grpc.aio.Channel]:
+    """`channel` with what the caller holds."""
+    return functools.partial(channel, tls=tls)
+
+
+def blocking_channel(address: str, tls: Tls | None = None) -> grpc.Channel:
     """A channel for threads; its owner closes it."""
     import grpc
 
-    return grpc.insecure_channel(address, options=_CHANNEL)
+    if tls is None:
+        return grpc.insecure_channel(address, options=_CHANNEL)
+    return grpc.secure_channel(address, tls.channel_credentials(), options=_CHANNEL)
 
 
-async def wait_serving(address: str, timeout: float, service: str = "") -> None:
+async def wait_serving(address: str, timeout: float, service: str = "", tls: Tls | None = None) -> None:
     """Waits until the server there, or one service of it, says SERVING.
 
     Raises DeadlineExceeded after `timeout` seconds, Unimplemented when what listens there has no health service.
     """
     deadline, last = time.monotonic() + timeout, "nothing answers"
-    async with channel(address) as ch:
+    async with channel(address, tls) as ch:
         try:
             async with asyncio.timeout_at(asyncio.get_running_loop().time() + timeout):
                 while True:
@@ -167,31 +188,44 @@ def time_left(context: grpc.aio.ServicerContext[Any, Any], default: float) -> fl
 class Server:
     """A gRPC server with health checking and reflection, bound to `listen` when it is made.
 
-    `register` adds the services, `names` are their full names. `address` is where it listens, also for port 0. Make it
-    in a running event loop. Raises InvalidArgument for a `listen` that is no HOST:PORT, Unavailable when it is taken.
+    `register` adds the services, `names` are their full names; `access` says who may call. `address` is where it
+    listens, also for port 0. Make it in a running event loop. Raises InvalidArgument for a `listen` that is no
+    HOST:PORT, Unavailable when it is taken.
     """
 
-    def __init__(self, listen: str, register: Callable[[Any], object], names: Sequence[str]) -> None:
+    def __init__(
+        self, listen: str, register: Callable[[Any], object], names: Sequence[str], access: Access | None = None
+    ) -> None:
         import grpc.aio
         from grpc_health.v1 import health_pb2, health_pb2_grpc
         from grpc_reflection.v1alpha import reflection
 
+        from kvmesh.guard import Access, Gate
         from kvmesh.health import Health
+
+        access = access or Access()
 
         host, _ = split_address(listen)
         self._names = list(names)
         self._health = Health(["", *names])
         _keep_engine()
-        self._server = grpc.aio.server(options=_SERVER)
+        gates = [] if access.guard is None else [Gate(access.guard, _refuse)]
+        options = [*_SERVER, ("grpc.max_receive_message_length", access.message_bytes)]
+        self._server = grpc.aio.server(options=options, interceptors=gates)
         self._started = False
         register(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection([*names, health, reflection.SERVICE_NAME], self._server)
         try:
-            port = self._server.add_insecure_port(listen)
+            if access.tls is None:
+                port = self._server.add_insecure_port(listen)
+            else:
+                port = self._server.add_secure_port(listen, access.tls.server_credentials(access.mutual))
         except RuntimeError as error:
             raise Unavailable(f"cannot listen on {listen}: is the address in use, or not one of this host?") from error
+        if access.tls is None and not loopback(host):
+            log.warning("%s is not loopback, and there is no TLS: whoever reaches it may call it", listen)
         self.address = join_address(host, port)
 
     async def start(self) -> None:

@@ -11,7 +11,7 @@ import random
 import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import suppress
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import grpc
 import grpc.aio
@@ -32,6 +32,8 @@ from kvmesh.v1 import registry_pb2_grpc
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
+# Makes a channel to an address.
+Connect: TypeAlias = Callable[[str], grpc.aio.Channel]
 CALL_SECONDS = 5.0
 STOP_SECONDS = 1.0
 
@@ -56,10 +58,12 @@ class Backoff:
 class RegistryLink:
     """A stub of the registry on a channel, with errors as MeshErrors."""
 
-    def __init__(self, registry_address: str, channel: grpc.aio.Channel | None = None) -> None:
+    def __init__(
+        self, registry_address: str, channel: grpc.aio.Channel | None = None, connect: Connect = make_channel
+    ) -> None:
         self._peer = f"registry {registry_address}"
         self._owned = channel is None
-        self._channel = channel if channel is not None else make_channel(registry_address)
+        self._channel = channel if channel is not None else connect(registry_address)
         self.stub: registry_pb2_grpc.RegistryAsyncStub = registry_pb2_grpc.RegistryStub(self._channel)
 
     async def call(self, method: Callable[..., Awaitable[T]], request: Any, timeout: float = CALL_SECONDS) -> T:
@@ -100,8 +104,9 @@ class Membership:
         ttl_ms: int = 5000,
         *,
         channel: grpc.aio.Channel | None = None,
+        connect: Connect = make_channel,
     ) -> None:
-        self._link = RegistryLink(registry_address, channel)
+        self._link = RegistryLink(registry_address, channel, connect)
         self._request = pb.RegisterRequest(member=member, ttl_ms=ttl_ms)
         self._lease_id = ""
         self._ttl = ttl_ms / 1000 or 5.0
@@ -190,8 +195,9 @@ class MeshWatch:
         *,
         channel: grpc.aio.Channel | None = None,
         patience: float = 0.0,
+        connect: Connect = make_channel,
     ) -> None:
-        self._link = RegistryLink(registry_address, channel)
+        self._link = RegistryLink(registry_address, channel, connect)
         self._on_change = on_change
         self._patience = patience
         # Incarnations of those that the registry, being back, has not heard of yet.
@@ -278,8 +284,10 @@ class MeshWatch:
 class SharedSettings:
     """The mesh's settings: strings under keys of [a-z0-9._/-]{1,128}."""
 
-    def __init__(self, registry_address: str, *, channel: grpc.aio.Channel | None = None) -> None:
-        self._link = RegistryLink(registry_address, channel)
+    def __init__(
+        self, registry_address: str, *, channel: grpc.aio.Channel | None = None, connect: Connect = make_channel
+    ) -> None:
+        self._link = RegistryLink(registry_address, channel, connect)
 
     async def close(self) -> None:
         """Closes the channel if it is ours; running watches end."""

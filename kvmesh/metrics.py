@@ -40,8 +40,8 @@ async def page(service: str, instance: str, config: ServiceConfig) -> AsyncItera
     if not config.metrics:
         yield registry
         return
-    async with serving(config.metrics, registry) as address:
-        log.info("metrics on http://%s/metrics", address)
+    async with serving(config.metrics, registry, config) as address:
+        log.info("metrics on %s://%s/metrics", "https" if config.tls_ca else "http", address)
         if config.announce:
             announce(f"{config.announce}.metrics", address)
         yield registry
@@ -61,11 +61,18 @@ def collect_with(registry: CollectorRegistry, collect: Callable[[], Iterable[Met
 
 
 @asynccontextmanager
-async def serving(listen: str, registry: CollectorRegistry) -> AsyncIterator[str]:
-    """Serves /metrics on `listen`, in a thread; its address. Raises Unavailable when it cannot be bound."""
+async def serving(listen: str, registry: CollectorRegistry, config: ServiceConfig | None = None) -> AsyncIterator[str]:
+    """Serves /metrics on `listen`, in a thread; its address. Raises Unavailable when it cannot be bound.
+
+    With TLS in `config` only for those who show a certificate of the CA.
+    """
     host, port = split_address(listen)
+    tls: dict[str, Any] = {}
+    if config is not None and config.tls_ca:
+        files = {"certfile": config.tls_cert, "keyfile": config.tls_key, "client_cafile": config.tls_ca}
+        tls = {**files, "client_auth_required": True}
     try:
-        server, thread = start_http_server(port, host, registry)
+        server, thread = start_http_server(port, host, registry, **tls)
     except OSError as error:
         raise Unavailable(f"cannot listen on {listen} for metrics: {error.strerror}") from error
     try:

@@ -6,6 +6,8 @@ import re
 
 from kvmesh.errors import InvalidArgument
 
+# Largest gRPC message taken, where nothing else is said.
+MESSAGE_BYTES = 64 << 20
 _UNITS = {
     "": 1,
     **{f"{u}iB": 1024**i for i, u in enumerate("KMGT", 1)},

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from opentelemetry.context import Context
 from opentelemetry.sdk.resources import Resource
@@ -19,9 +20,12 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from opentelemetry.util.types import Attributes
 
 from kvmesh import __version__
-from kvmesh.config import TraceConfig, home
+from kvmesh.config import ServiceConfig, TraceConfig, home
 from kvmesh.errors import Cancelled, MeshError
 from kvmesh.spanfile import SpanFile
+
+if TYPE_CHECKING:
+    import grpc
 
 # How long a span waits for company on its way to the file, and to the collector.
 FILE_DELAY_S, OTLP_DELAY_S = 0.3, 1.0
@@ -58,7 +62,10 @@ class Telemetry:
         if config.otlp_endpoint:
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
 
-            self._export(OTLPSpanExporter(config.otlp_endpoint, timeout=OTLP_TIMEOUT_S), OTLP_DELAY_S)
+            self._export(
+                OTLPSpanExporter(config.otlp_endpoint, timeout=OTLP_TIMEOUT_S, credentials=_otlp_credentials(config)),
+                OTLP_DELAY_S,
+            )
         self.tracer = self._provider.get_tracer("kvmesh", __version__)
 
     def _export(self, exporter: SpanExporter, delay_s: float) -> None:
@@ -81,6 +88,16 @@ class Telemetry:
             for exporter in self._exporters:
                 exporter.shutdown()
             thread.join(END_S)
+
+
+def _otlp_credentials(config: TraceConfig) -> grpc.ChannelCredentials | None:
+    """The service's own for an https endpoint, unless OpenTelemetry's variables name others."""
+    if not isinstance(config, ServiceConfig) or not config.otlp_endpoint.startswith("https:"):
+        return None
+    if any(name.startswith("OTEL_EXPORTER_OTLP_") and name.endswith("CERTIFICATE") for name in os.environ):
+        return None
+    tls = config.tls()
+    return None if tls is None else tls.channel_credentials()
 
 
 def inject(span: Span) -> tuple[tuple[str, str], ...] | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmesh.bench.options import asks_of, load_of, load_options, slo_of
-from kvmesh.local.find import router_options
+from kvmesh.local.find import Where, router_options
 
 if TYPE_CHECKING:
     from kvmesh.bench.records import Record
@@ -62,8 +62,7 @@ def bench_run(
     output: Path | None,
     plot: Path | None,
     quiet: bool,
-    router: str,
-    name: str,
+    where: Where,
     **given: Any,
 ) -> None:
     """Runs one load against one target."""
@@ -72,7 +71,6 @@ def bench_run(
     from kvmesh.bench import plots
     from kvmesh.bench.report import summarise, table
     from kvmesh.bench.targets import OpenAITarget, RouterTarget
-    from kvmesh.local.find import router_address
 
     if plot is not None:
         plots.check(plot)
@@ -84,7 +82,8 @@ def bench_run(
         if openai:
             target = OpenAITarget(openai, openai_model, vocab_size, openai_key, openai_text)
         else:
-            target = RouterTarget(router_address(router, name), strategy, params_of(params))
+            own = where.credentials()
+            target = RouterTarget(where.address(), strategy, params_of(params), tls=own.tls, api_key=own.api_key)
             try:
                 taken = fitting(asks, await target.prepare())
             except BaseException:

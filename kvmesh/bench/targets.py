@@ -14,6 +14,7 @@ from kvmesh.bench.records import Record
 from kvmesh.bench.workloads import Ask
 from kvmesh.client import AsyncClient
 from kvmesh.errors import InvalidArgument, MeshError, Unavailable
+from kvmesh.tls import Tls
 from kvmesh.v1.router_pb2 import EngineShare
 
 
@@ -30,8 +31,16 @@ class Target(Protocol):
 class RouterTarget:
     """A kvmesh router, asked by token ids and greedily, past every end; without `strategy`, by the one in force."""
 
-    def __init__(self, address: str, strategy: str = "", params: Mapping[str, str] | None = None) -> None:
-        self._client = AsyncClient(address)
+    def __init__(
+        self,
+        address: str,
+        strategy: str = "",
+        params: Mapping[str, str] | None = None,
+        *,
+        tls: Tls | None = None,
+        api_key: str = "",
+    ) -> None:
+        self._client = AsyncClient(address, tls=tls, api_key=api_key)
         self._strategy = strategy
         self._params = dict(params or {})
         self._vocab = 0

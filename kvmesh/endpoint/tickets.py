@@ -7,8 +7,10 @@ is under way is revoked: its slots stay away from others until the writer has st
 from __future__ import annotations
 
 import asyncio
+import hmac
 import itertools
 import logging
+import secrets
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Coroutine
@@ -18,7 +20,7 @@ from typing import TypeAlias
 from kvmesh.aio import Tasks
 from kvmesh.dataplane.slots import Slots
 from kvmesh.endpoint.base import Reservation
-from kvmesh.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound
+from kvmesh.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound, PermissionDenied
 from kvmesh.process import ProcessRef
 from kvmesh.v1.common_pb2 import Endpoint
 from kvmesh.v1.common_pb2 import Ticket as TicketMessage
@@ -29,6 +31,7 @@ WriteKey: TypeAlias = tuple[str, int]
 
 # Ends that are remembered, for the sake of the message; and writes that were said to have stopped.
 REMEMBERED = 1024
+SECRET_BYTES = 16
 # How often writers in doubt are looked at.
 LOOK_S = 0.2
 
@@ -62,10 +65,16 @@ class Ticket:
     filled: int
     slots: Slots
     expires: float
+    secret: bytes = field(repr=False)
     writer: Writer | None = None
     # Set when it was taken back during a write.
     revoked: asyncio.Event = field(default_factory=asyncio.Event)
     timer: asyncio.TimerHandle | None = None
+
+
+def _check_secret(ticket: Ticket, message: TicketMessage) -> None:
+    if not hmac.compare_digest(ticket.secret, message.secret):
+        raise PermissionDenied(f"ticket.secret is not that of ticket {ticket.id}")
 
 
 class TicketBook:
@@ -111,6 +120,7 @@ class TicketBook:
             reservation.matched,
             reservation.slots,
             time.monotonic() + ttl,
+            secrets.token_bytes(SECRET_BYTES),
         )
         ticket.timer = loop.call_later(ttl, self._expire, ticket)
         self._tickets[ticket.id] = ticket
@@ -122,15 +132,17 @@ class TicketBook:
             end=end,
             expires_unix_ms=int(1000 * (time.time() + ttl)),
             layout_fingerprint=self._fingerprint,
+            secret=ticket.secret,
         )
 
     def get(self, message: TicketMessage) -> Ticket:
-        """The ticket held under `message`. Raises FailedPrecondition for one of a former life, NotFound."""
+        """The ticket held under `message`. Raises FailedPrecondition for a former life's, NotFound, PermissionDenied."""
         self._check_life(message)
         ticket = self._tickets.get(message.id)
         if ticket is None or ticket.revoked.is_set():
             how = "was taken back" if ticket is not None else self._ended.get(message.id, "is unknown")
             raise NotFound(f"ticket.id = {message.id} {how}")
+        _check_secret(ticket, message)
         return ticket
 
     def _check_life(self, message: TicketMessage) -> None:
@@ -203,11 +215,12 @@ class TicketBook:
         return ticket.reservation
 
     def release(self, message: TicketMessage) -> bool:
-        """Takes a ticket back; whether it was held. Raises FailedPrecondition for one of a former life."""
+        """Takes a ticket back; whether it was held. Raises FailedPrecondition for a former life's, PermissionDenied."""
         self._check_life(message)
         ticket = self._tickets.get(message.id)
         if ticket is None or ticket.revoked.is_set():
             return False
+        _check_secret(ticket, message)
         self._revoke(ticket, "was released")
         return True
 

@@ -10,27 +10,26 @@ from typing import Any
 import click
 
 from kvmesh.errors import NotFound
-from kvmesh.local.find import router_address, router_options
+from kvmesh.local.find import Shown, Where, router_options, security_options
 
 
 @click.command()
 @router_options
 @click.option("--json", "as_json", is_flag=True, help="The router's answer as JSON.")
-def status(router: str, name: str, as_json: bool) -> None:
+def status(where: Where, as_json: bool) -> None:
     """Shows engines, their load, and the strategy in force."""
     from google.protobuf.json_format import MessageToJson
     from rich.console import Console
 
-    from kvmesh.client import Client
     from kvmesh.local.show import mesh_page
 
-    address = router_address(router, name)
-    with Client(address) as client:
+    address = where.address()
+    with where.client() as client:
         mesh = client.mesh()
     if as_json:
         click.echo(MessageToJson(mesh, preserving_proto_field_name=True, always_print_fields_with_no_presence=True))
     else:
-        Console(highlight=False).print(mesh_page(mesh, address, [] if router else ended(name)))
+        Console(highlight=False).print(mesh_page(mesh, address, [] if where.router else ended(where.name)))
 
 
 def ended(name: str) -> list[str]:
@@ -98,15 +97,13 @@ def generate(
     timeout: float,
     request_id: str,
     as_json: bool,
-    router: str,
-    name: str,
+    where: Where,
     **sampling: Any,
 ) -> None:
     """Sends one prompt and streams the answer.
 
     "-" reads the prompt from standard input.
     """
-    from kvmesh.client import Client
     from kvmesh.local.show import Screen, result_json, result_page
 
     if (text is None) == (tokens is None):
@@ -116,7 +113,7 @@ def generate(
         prompt = sys.stdin.read()
     for many in ("stop_strings", "stop_token_ids"):
         sampling[many] = [*sampling[many]] or None
-    with Client(router_address(router, name)) as client:
+    with where.client() as client:
         answer = client.generate(
             prompt,
             strategy=strategy,
@@ -156,25 +153,23 @@ def strategy() -> None:
 
 @strategy.command("list")
 @router_options
-def strategy_list(router: str, name: str) -> None:
+def strategy_list(where: Where) -> None:
     """Lists all strategies with their parameters."""
     from rich.console import Console
 
-    from kvmesh.client import Client
     from kvmesh.local.show import strategies_page
 
-    with Client(router_address(router, name)) as client:
+    with where.client() as client:
         Console(highlight=False).print(strategies_page(client.strategies(), client.strategy().name))
 
 
 @strategy.command("get")
 @router_options
-def strategy_get(router: str, name: str) -> None:
+def strategy_get(where: Where) -> None:
     """Shows the strategy in force, the one on trial, and those before."""
-    from kvmesh.client import Client
     from kvmesh.local.show import in_force_lines
 
-    with Client(router_address(router, name)) as client:
+    with where.client() as client:
         click.echo("\n".join(in_force_lines(client.strategies_in_force())))
 
 
@@ -213,14 +208,12 @@ def strategy_set(
     max_error_rate: float,
     max_ttft: float,
     min_requests: int,
-    router: str,
-    name: str,
+    where: Where,
 ) -> None:
     """Puts a strategy in force for the requests that come after."""
-    from kvmesh.client import Client
     from kvmesh.local.show import choice_line
 
-    with Client(router_address(router, name)) as client:
+    with where.client() as client:
         choice = client.set_strategy(
             strategy_name,
             params,
@@ -234,12 +227,11 @@ def strategy_set(
 
 @strategy.command("rollback")
 @router_options
-def strategy_rollback(router: str, name: str) -> None:
+def strategy_rollback(where: Where) -> None:
     """Ends the trial, or puts the choice before in force again."""
-    from kvmesh.client import Client
     from kvmesh.local.show import choice_line
 
-    with Client(router_address(router, name)) as client:
+    with where.client() as client:
         click.echo(choice_line(client.rollback_strategy()))
 
 
@@ -274,12 +266,13 @@ def trace(request_id: str, trace_dir: tuple[str, ...]) -> None:
 @click.argument("address", metavar="HOST:PORT")
 @click.option("--timeout", default=3.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
 @click.option("--service", default="", help="Full name of one service. [default: all of the process]")
-def health(address: str, timeout: float, service: str) -> None:
+@security_options
+def health(address: str, timeout: float, service: str, shown: Shown) -> None:
     """Asks a service of the mesh whether it serves; the exit status tells."""
     import asyncio
 
     from kvmesh.grpcx import split_address, wait_serving
 
     split_address(address)
-    asyncio.run(wait_serving(address, timeout, service))
+    asyncio.run(wait_serving(address, timeout, service, shown.tls))
     click.echo("serving")

@@ -6,6 +6,7 @@ import asyncio
 import importlib.util
 import os
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -31,9 +32,9 @@ def binary() -> str:
     return str(Path(spec.origin).parent / "etcdbin" / "etcd")
 
 
-def command(data_dir: str | Path, client_port: int, peer_port: int) -> list[str]:
-    """The command line of a one-node etcd on loopback; run it with `environment()`."""
-    client, peer = f"http://127.0.0.1:{client_port}", f"http://127.0.0.1:{peer_port}"
+def command(data_dir: str | Path, client_port: int, peer_port: int, secure: bool = False) -> list[str]:
+    """The command line of a one-node etcd on loopback; run it with `environment()`. `secure`: clients use TLS."""
+    client, peer = f"http{'s' if secure else ''}://127.0.0.1:{client_port}", f"http://127.0.0.1:{peer_port}"
     return [
         binary(),
         "--name=kvmesh",
@@ -79,11 +80,15 @@ def dying_with_parent(command: list[str]) -> list[str]:
     return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *command]
 
 
-async def healthy(client_port: int, timeout: float = 1.0) -> bool:
-    """Whether the etcd at that loopback port serves."""
+async def healthy(client_port: int, timeout: float = 1.0, certs: Path | None = None) -> bool:
+    """Whether the etcd at that loopback port serves; `certs` has what to show to a secure one."""
+    context = None
+    if certs is not None:
+        context = ssl.create_default_context(cafile=certs / "ca.pem")
+        context.load_cert_chain(certs / "client.pem", certs / "client.key")
     try:
         async with asyncio.timeout(timeout):
-            reader, writer = await asyncio.open_connection("127.0.0.1", client_port)
+            reader, writer = await asyncio.open_connection("127.0.0.1", client_port, ssl=context)
             try:
                 writer.write(b"GET /health HTTP/1.0\r\nHost: localhost\r\n\r\n")
                 return b'"health":"true"' in await reader.read()

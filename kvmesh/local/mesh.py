@@ -6,11 +6,14 @@ import asyncio
 import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
+from kvmesh.local import secure
 from kvmesh.local.child import Spec
 from kvmesh.local.options import MeshOptions
 from kvmesh.local.supervisor import LocalMesh
+from kvmesh.tls import Tls
 
 Stage = Callable[[LocalMesh], list[Spec]]
 
@@ -21,10 +24,13 @@ def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[St
     def etcd(mesh: LocalMesh) -> list[Spec]:
         from kvmesh.local.etcd import command, environment, free_ports
 
+        certs = mesh.secure(hosts(options)) if options.secure else None
         client, peer = free_ports(2)
-        line = command(mesh.work / "etcd" / "data", client, peer)
+        line = command(mesh.work / "etcd" / "data", client, peer, secure=certs is not None)
+        if certs is not None:
+            line += secure.etcd_flags(certs)
         log = mesh.place.logs / "etcd.log"
-        return [Spec("etcd", "etcd", line, lambda: etcd_ready(client), log, environment())]
+        return [Spec("etcd", "etcd", line, lambda: etcd_ready(client, certs), log, environment())]
 
     def registry(mesh: LocalMesh) -> list[Spec]:
         etcd_address = next(c.address for c in mesh.children if c.spec.role == "etcd")
@@ -44,7 +50,9 @@ def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[St
 
 
 def _engine(mesh: LocalMesh, options: MeshOptions, name: str, model: Path, arguments: list[str]) -> Spec:
-    own = ["--name", name, "--model", str(model), "--dtype", options.dtype, "--run-dir", str(mesh.work / name)]
+    own = ["--name", name, "--dtype", options.dtype, "--run-dir", str(mesh.work / name)]
+    if "--sim" not in arguments:
+        own += ["--model", str(model)]
     if options.kv_tokens:
         own += ["--kv-tokens", str(options.kv_tokens)]
     # Several engines share the cores: one thread each, unless the user says otherwise.
@@ -83,9 +91,26 @@ def _service(
         "--trace-dir": options.trace_dir or str(mesh.place.traces),
     }
     flags = [part for pair in common.items() for part in pair]
+    certs = mesh.certs if options.secure else None
+    if certs is not None:
+        flags += secure.service_flags(certs, role)
     command = [sys.executable, "-P", "-m", "kvmesh.cli", role, *flags, *arguments]
     log = mesh.place.logs / f"{name}.log"
-    return Spec(name, role, command, lambda: service_ready(announced), log, environment or dict(os.environ), patience)
+    ready = partial(service_ready, announced, certs)
+    return Spec(name, role, command, ready, log, environment or dict(os.environ), patience)
+
+
+def hosts(options: MeshOptions) -> list[str]:
+    """What the router's certificate has to be good for, besides this machine's name and loopback."""
+    from kvmesh.grpcx import split_address
+
+    given = [split_address(address)[0] for address in (options.listen, options.http) if address]
+    return [host for host in given if host not in ("0.0.0.0", "::")]
+
+
+def _shown(certs: Path | None) -> Tls | None:
+    """What a command of the mesh shows."""
+    return None if certs is None else Tls.read(*(str(certs / n) for n in ("ca.pem", "client.pem", "client.key")))
 
 
 def http_address(mesh: LocalMesh) -> str:
@@ -93,7 +118,7 @@ def http_address(mesh: LocalMesh) -> str:
     return _content(mesh.work / "router.address.http")
 
 
-async def service_ready(announced: Path) -> str:
+async def service_ready(announced: Path, certs: Path | None = None) -> str:
     """Waits for the address that a service announces, and until its health says SERVING. The caller bounds the wait."""
     from kvmesh.grpcx import wait_serving
 
@@ -101,7 +126,7 @@ async def service_ready(announced: Path) -> str:
     while not address:
         await asyncio.sleep(0.05)
         address = _content(announced)
-    await wait_serving(address, timeout=3600)
+    await wait_serving(address, timeout=3600, tls=_shown(certs))
     return address
 
 
@@ -112,14 +137,14 @@ def _content(path: Path) -> str:
         return ""
 
 
-async def etcd_ready(port: int) -> str:
+async def etcd_ready(port: int, certs: Path | None = None) -> str:
     """Waits until etcd has a leader. The caller bounds the wait."""
     from kvmesh.local.etcd import healthy
 
-    serves = await healthy(port)
+    serves = await healthy(port, certs=certs)
     while not serves:
         await asyncio.sleep(0.05)
-        serves = await healthy(port)
+        serves = await healthy(port, certs=certs)
     return f"127.0.0.1:{port}"
 
 

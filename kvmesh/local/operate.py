@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from kvmesh.errors import InvalidArgument, Unavailable
-from kvmesh.local.find import router_address, router_options
+from kvmesh.local.find import Where, router_options
 
 if TYPE_CHECKING:
     from kvmesh.v1.operator_pb2 import Migrated
@@ -26,17 +26,19 @@ def _ids(_context: click.Context, _param: click.Parameter, given: str | None) ->
 
 
 @contextlib.contextmanager
-def _operator(address: str) -> Iterator[Any]:
-    """A stub of the router's Operator service, with errors as MeshErrors."""
+def _operator(where: Where) -> Iterator[tuple[Any, Any]]:
+    """A stub of the router's Operator service and the metadata of its calls, with errors as MeshErrors."""
     import grpc
 
+    from kvmesh.client import authorization
     from kvmesh.errors import from_rpc
     from kvmesh.grpcx import blocking_channel
     from kvmesh.v1.operator_pb2_grpc import OperatorStub
 
-    with blocking_channel(address) as channel:
+    address, shown = where.address(), where.credentials()
+    with blocking_channel(address, shown.tls) as channel:
         try:
-            yield OperatorStub(channel)
+            yield OperatorStub(channel), authorization(shown.api_key)
         except grpc.RpcError as error:
             raise from_rpc(error, f"router {address}") from None  # type: ignore[arg-type]
 
@@ -71,8 +73,7 @@ def migrate(
     hottest: int | None,
     salt: str,
     timeout: float,
-    router: str,
-    name: str,
+    where: Where,
 ) -> None:
     """Copies the KV of contexts from one member to another."""
     from kvmesh.v1.operator_pb2 import MigrateRequest
@@ -90,8 +91,8 @@ def migrate(
             request.tokens.CopyFrom(TokenIds(ids=tokens))
         except ValueError as error:
             raise InvalidArgument(f"tokens: {error}") from None
-    with _operator(router_address(router, name)) as operator:
-        contexts = operator.Migrate(request, timeout=timeout).contexts
+    with _operator(where) as (operator, metadata):
+        contexts = operator.Migrate(request, timeout=timeout, metadata=metadata).contexts
     for moved in contexts:
         click.echo(_line(moved))
     if not contexts:
@@ -106,13 +107,13 @@ def migrate(
 @click.option("--stop", is_flag=True, help="End the engine's process too.")
 @click.option("--timeout", default=300.0, show_default=True, type=click.FloatRange(0, min_open=True), help="Seconds.")
 @router_options
-def drain(engine: str, hottest: int, target: str, stop: bool, timeout: float, router: str, name: str) -> None:
+def drain(engine: str, hottest: int, target: str, stop: bool, timeout: float, where: Where) -> None:
     """Takes an engine out: lets it finish, moves what is hot."""
     from kvmesh.v1.operator_pb2 import DrainRequest
 
     request = DrainRequest(engine=engine, hottest=hottest, target=target, stop=stop)
-    with _operator(router_address(router, name)) as operator:
-        for event in operator.Drain(request, timeout=timeout):
+    with _operator(where) as (operator, metadata):
+        for event in operator.Drain(request, timeout=timeout, metadata=metadata):
             kind = event.WhichOneof("event")
             if kind == "moved":
                 click.echo(_line(event.moved))

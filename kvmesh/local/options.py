@@ -24,6 +24,7 @@ class MeshOptions(TraceConfig):
     store_disk: str = setting("", "FOLDER:SIZE of the stores' disk tiers, one folder each inside. [default: none]")
     listen: str = setting("127.0.0.1:0", "HOST:PORT of the router; port 0 takes a free one.")
     http: str = setting("127.0.0.1:0", "HOST:PORT of the router's HTTP door, OpenAI's API; empty: none.")
+    secure: bool = setting(False, "Mutual TLS and API keys, made for this run; commands find theirs by themselves.")
     strategy_dir: str = setting("", "Folder of strategies of your own, taken in again when a file changes.")
     start_timeout: float = setting(300.0, "Seconds that the start may take.")
     trace_dir: str = setting("", "Folder of the span files. [default: with the mesh, where `kvmesh trace` looks]")
@@ -46,5 +47,11 @@ class MeshOptions(TraceConfig):
 
     def arguments(self) -> list[str]:
         """The flags that give these options."""
-        fields = [f.name for f in dataclasses.fields(self)]
-        return [part for f in fields for part in (f"--{f.replace('_', '-')}", str(getattr(self, f)))]
+        flags: list[str] = []
+        for field in dataclasses.fields(self):
+            name, value = field.name.replace("_", "-"), getattr(self, field.name)
+            if isinstance(value, bool):
+                flags.append(f"--{name}" if value else f"--no-{name}")
+            else:
+                flags += [f"--{name}", str(value)]
+        return flags

@@ -104,7 +104,10 @@ def _summary(mesh: LocalMesh, options: MeshOptions) -> str:
     named = f" --name {options.name}" if options.name != "default" else ""
     listening = "\n".join(f"  {c.spec.name:<10} {c.address:<22} pid {c.id.pid}" for c in mesh.children)
     http = http_address(mesh)
-    opened = f"\nOpenAI's API at http://{http}/v1, described at http://{http}/docs" if http else ""
+    scheme = "https" if mesh.certs else "http"
+    opened = f"\nOpenAI's API at {scheme}://{http}/v1, described at {scheme}://{http}/docs" if http else ""
+    if mesh.certs:
+        opened += f"\nmutual TLS; certificates and API keys in {mesh.certs}"
     return f"""ready; listening at
 {listening}{opened}
 logs in {mesh.place.logs}

@@ -64,6 +64,8 @@ class MeshState:
     # "starting", "ready" or "stopping".
     phase: str = "starting"
     processes: list[ProcessRecord] = dataclasses.field(default_factory=list)
+    # Folder with what a secure mesh's commands show; empty: it is not secure.
+    certs: str = ""
 
     def address(self, role: str) -> str:
         """Where the first process of `role` listens; empty when there is none."""

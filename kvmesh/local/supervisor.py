@@ -79,6 +79,20 @@ class LocalMesh:
         """Folder of everything that goes when the mesh stops; a process of the mesh has `work / name` to itself."""
         return Path(self.state.work)
 
+    @property
+    def certs(self) -> Path | None:
+        """Folder of the certificates of a secure mesh."""
+        return Path(self.state.certs) if self.state.certs else None
+
+    def secure(self, hosts: Sequence[str]) -> Path:
+        """Makes the certificates and keys of a secure mesh; their folder."""
+        from kvmesh.local import secure
+
+        folder = secure.prepare(self.work, hosts)
+        self.state.certs = str(folder)
+        self._save()
+        return folder
+
     def _save(self) -> None:
         self.state.processes = [
             ProcessRecord(c.spec.name, c.spec.role, c.id, c.address, c.state) for c in self.children

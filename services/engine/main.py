@@ -20,7 +20,7 @@ from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.errors import FailedPrecondition, Unavailable
-from kvmesh.grpcx import Server, announce
+from kvmesh.grpcx import Server, announce, connector
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
 from kvmesh.metrics import page
@@ -54,6 +54,7 @@ async def serve(config: EngineConfig) -> None:
 
 async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     """Starts an engine that `stack` stops; returns when it is ready. Raises MeshError."""
+    access = config.access()
     incarnation = secrets.token_hex(16)
     name = config.name or f"engine-{incarnation[:8]}"
     runtime, model = await (_simulated(config, stack) if config.sim else _sglang(config, incarnation, stack))
@@ -66,7 +67,7 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     book = TicketBook(endpoint, runtime.layout.fingerprint, runtime.free)
     stack.push_async_callback(book.close)
     receiver = Receiver(runtime, book, host_id())
-    sender = Sender(endpoint, runtime, host_id())
+    sender = Sender(endpoint, runtime, host_id(), connector(access.tls))
     stack.push_async_callback(sender.close)
     info = describe(endpoint, runtime, *model)
     status = Status(info, runtime, book)
@@ -79,7 +80,7 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
         kv_pb2_grpc.add_KvPeerServicer_to_server(service, server)  # type: ignore[arg-type]
         engine_pb2_grpc.add_EngineServicer_to_server(service, server)  # type: ignore[arg-type]
 
-    server = Server(config.listen, register, NAMES)
+    server = Server(config.listen, register, NAMES, access)
     stack.push_async_callback(server.stop)
     stack.callback(status.close)
     endpoint.address = info.endpoint.address = config.advertise or server.address
@@ -205,7 +206,7 @@ async def _join(config: EngineConfig, endpoint: Endpoint, stack: AsyncExitStack)
         started_unix_ms=int(time.time() * 1000),
         pid=os.getpid(),
     )
-    membership = Membership(config.registry, member)
+    membership = Membership(config.registry, member, connect=connector(config.tls()))
     await membership.start(REGISTER_S)
     stack.push_async_callback(membership.stop)
     return membership

@@ -12,8 +12,9 @@ import grpc.aio
 
 from kvmesh.dataplane.layout import Layout
 from kvmesh.errors import FailedPrecondition, InvalidArgument, MeshError, Unavailable, from_rpc
-from kvmesh.grpcx import channel
+from kvmesh.grpcx import channel, connector
 from kvmesh.membership import MeshWatch
+from kvmesh.tls import Tls
 from kvmesh.v1.engine_pb2 import EngineInfo, WatchStatusRequest
 from kvmesh.v1.engine_pb2_grpc import EngineStub
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
@@ -32,7 +33,7 @@ async def learn(config: KvStoreConfig, disk: DiskFolder | None) -> Served:
     if config.model:
         served = await asyncio.to_thread(_told, config)
     elif config.layout_of:
-        served = of_engine(await ask(config.layout_of))
+        served = of_engine(await ask(config.layout_of, config.tls()))
     elif disk is not None and (known := await asyncio.to_thread(disk.served)) is not None:
         served = known
     else:
@@ -66,9 +67,9 @@ def of_engine(info: EngineInfo) -> Served:
     return Served(Layout.of(info.layout), model.name, model.path, model.vocab_size, model.context_length)
 
 
-async def ask(address: str) -> EngineInfo:
+async def ask(address: str, tls: Tls | None = None) -> EngineInfo:
     """What the engine there says of itself. Raises MeshError."""
-    async with channel(address) as ch:
+    async with channel(address, tls) as ch:
         call = EngineStub(ch).WatchStatus(WatchStatusRequest(), timeout=ASK_S, wait_for_ready=True)
         try:
             status = await call.read()
@@ -88,7 +89,8 @@ async def _first_engine(config: KvStoreConfig) -> Served:
         raise InvalidArgument(
             "nothing says whose KV is to be kept: give --model FOLDER, --layout-of HOST:PORT or --registry HOST:PORT"
         )
-    watch = MeshWatch(config.registry)
+    tls = config.tls()
+    watch = MeshWatch(config.registry, connect=connector(tls))
     watch.start()
     log.info("waiting for an engine of the mesh, to learn its layout")
     try:
@@ -97,7 +99,7 @@ async def _first_engine(config: KvStoreConfig) -> Served:
                 members = await watch.wait_for(lambda m: bool(_engines(m.values())), LEARN_S)
                 for engine in _engines(members.values()):
                     try:
-                        served = of_engine(await ask(engine.endpoint.address))
+                        served = of_engine(await ask(engine.endpoint.address, tls))
                     except MeshError as error:
                         log.info("%s: %s", engine.endpoint.name, error)
                         continue

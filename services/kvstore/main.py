@@ -13,7 +13,7 @@ from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.errors import InvalidArgument
-from kvmesh.grpcx import Server, announce
+from kvmesh.grpcx import Server, announce, connector
 from kvmesh.host import host_id
 from kvmesh.membership import Membership
 from kvmesh.metrics import page
@@ -46,6 +46,7 @@ async def serve(config: KvStoreConfig) -> None:
 
 async def start(config: KvStoreConfig, stack: AsyncExitStack) -> Server:
     """Starts a store that `stack` stops; returns when it is ready. Raises MeshError."""
+    access = config.access()
     incarnation = secrets.token_hex(16)
     endpoint = Endpoint(name=config.name or f"kvstore-{incarnation[:8]}", incarnation=incarnation)
     telemetry = Telemetry("kvstore", endpoint.name, config)
@@ -55,7 +56,7 @@ async def start(config: KvStoreConfig, stack: AsyncExitStack) -> Server:
     stack.callback(holder.close)
     book = TicketBook(endpoint, holder.layout.fingerprint, holder.free)
     stack.push_async_callback(book.close)
-    sender = Sender(endpoint, holder, host_id())
+    sender = Sender(endpoint, holder, host_id(), connector(access.tls))
     stack.push_async_callback(sender.close)
     status = Status(describe(endpoint, served, store, holder), store, holder, book)
     receiver = Receiver(holder, book, host_id())
@@ -67,7 +68,7 @@ async def start(config: KvStoreConfig, stack: AsyncExitStack) -> Server:
         kv_pb2_grpc.add_KvPeerServicer_to_server(service, server)  # type: ignore[arg-type]
         kvstore_pb2_grpc.add_KvStoreServicer_to_server(service, server)  # type: ignore[arg-type]
 
-    server = Server(config.listen, register, NAMES)
+    server = Server(config.listen, register, NAMES, access)
     stack.push_async_callback(server.stop)
     stack.callback(status.close)
     stack.callback(holder.stop)
@@ -114,6 +115,6 @@ async def _join(config: KvStoreConfig, endpoint: Endpoint, stack: AsyncExitStack
         started_unix_ms=int(time.time() * 1000),
         pid=os.getpid(),
     )
-    membership = Membership(config.registry, member)
+    membership = Membership(config.registry, member, connect=connector(config.tls()))
     await membership.start(REGISTER_S)
     stack.push_async_callback(membership.stop)

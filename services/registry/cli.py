@@ -22,6 +22,9 @@ class RegistryConfig(ServiceConfig):
     listen: str = setting("127.0.0.1:2400", "HOST:PORT to serve on; port 0 takes a free one.")
     etcd: str = setting("", "HOST:PORT of the etcd that keeps members and settings.")
     etcd_prefix: str = setting("/kvmesh/v1", "What keys in etcd begin with; meshes on one etcd each have their own.")
+    etcd_ca: str = setting("", "PEM file of the CA of etcd's certificate; turns TLS to etcd on.")
+    etcd_cert: str = setting("", "PEM file of the certificate to show to etcd.")
+    etcd_key: str = setting("", "PEM file of its key.")
     embedded: bool = setting(False, "Keep everything in this process, without etcd; it is gone when the process is.")
 
     def __post_init__(self) -> None:
@@ -55,7 +58,7 @@ async def serve(config: RegistryConfig) -> None:
 
     log = logging.getLogger(__name__)
     backend = _backend(config)
-    async with page("registry", "registry", config), serving(backend, config.listen) as server:
+    async with page("registry", "registry", config), serving(backend, config.listen, config.access()) as server:
         log.info("listening on %s", server.address)
         announce(config.announce, server.address)
         await backend.wait_ready()
@@ -69,6 +72,7 @@ def _backend(config: RegistryConfig) -> Backend:
         from services.registry.memory import MemoryBackend
 
         return MemoryBackend()
+    from kvmesh.tls import Tls
     from services.registry.etcd import EtcdBackend
 
-    return EtcdBackend(config.etcd, config.etcd_prefix)
+    return EtcdBackend(config.etcd, config.etcd_prefix, Tls.read(config.etcd_ca, config.etcd_cert, config.etcd_key))

@@ -13,6 +13,7 @@ from google.protobuf.message import DecodeError
 
 from kvmesh.aio import Tasks
 from kvmesh.errors import Aborted, MeshError, NotFound, Unavailable
+from kvmesh.tls import Tls
 from kvmesh.v1 import registry_pb2 as pb
 from services.registry.base import Backend, Lease
 from services.registry.mirror import Mirror
@@ -33,10 +34,10 @@ class EtcdBackend(Backend):
     which also holds when revisions were compacted or the store is another one.
     """
 
-    def __init__(self, address: str, prefix: str = "/kvmesh/v1") -> None:
+    def __init__(self, address: str, prefix: str = "/kvmesh/v1", tls: Tls | None = None) -> None:
         root = prefix.rstrip("/").encode() + b"/"
         self._root, self._members, self._settings = root, root + b"members/", root + b"settings/"
-        self._store = EtcdStore(address)
+        self._store = EtcdStore(address, tls)
         self._mirror = Mirror()
         self._lease_of: dict[str, int] = {}
         self._tasks = Tasks()

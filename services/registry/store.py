@@ -17,6 +17,7 @@ from aetcd import rpc
 from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from kvmesh.errors import InvalidArgument, MeshError, NotFound, ResourceExhausted, Unavailable
+from kvmesh.tls import Tls
 
 CALL_SECONDS = 3.0
 _OPTIONS: list[tuple[str, int]] = [
@@ -49,9 +50,12 @@ def prefix_end(prefix: bytes) -> bytes:
 class EtcdStore:
     """One etcd endpoint. Calls raise Unavailable when it is away; a lease id is a positive int64."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, tls: Tls | None = None) -> None:
         self.address = address
-        self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=_OPTIONS)
+        else:
+            self._channel = grpc.aio.secure_channel(address, tls.channel_credentials(), options=_OPTIONS)
         self._kv = rpc.KVStub(self._channel)
         self._leases = rpc.LeaseStub(self._channel)
         self._watch = rpc.WatchStub(self._channel)

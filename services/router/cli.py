@@ -28,6 +28,11 @@ class RouterConfig(ServiceConfig):
         0, "Tokens of the requests that run at once, prompts and what is asked for; more wait. 0: no limit."
     )
     max_waiting: int = setting(2048, "Requests that wait; more are refused, with a hint when to come again.")
+    max_message: str = setting("16MiB", "Largest message or HTTP body that is taken from a caller.")
+    max_prompt_tokens: int = setting(0, "Longest prompt taken, in tokens. 0: what the model's context holds.")
+    api_keys: str = setting("", "File of API keys: callers need one of them. See docs/security.md. [default: none]")
+    client_certs: bool = setting(True, "With TLS: callers over gRPC have to show a certificate of the CA.")
+    trace_prompts: bool = setting(False, "Put the beginning of each prompt into its trace.")
     wait_engines: int = setting(0, "Report ready only once so many engines are connected.")
 
     def __post_init__(self) -> None:
@@ -37,7 +42,7 @@ class RouterConfig(ServiceConfig):
             split_address(address)
         if self.name and not re.fullmatch(r"[A-Za-z0-9._-]{1,63}", self.name):
             raise InvalidArgument(f"name = {self.name!r} is not [A-Za-z0-9._-], 1 to 63 characters")
-        for name in ("max_running", "max_running_tokens", "max_waiting", "wait_engines"):
+        for name in ("max_running", "max_running_tokens", "max_waiting", "max_prompt_tokens", "wait_engines"):
             if (value := getattr(self, name)) < 0:
                 raise InvalidArgument(f"{name} = {value} is negative")
 

@@ -36,6 +36,8 @@ REQUEST_S = 300.0
 LATE_S = 0.5
 # Of a session or tenant.
 ACCOUNT_CHARS = 256
+# Of a prompt, in a trace that is to have it.
+TRACED_CHARS = 4096
 _ID = re.compile(r"[A-Za-z0-9._:-]{1,128}")
 
 Write: TypeAlias = Callable[[pb.GenerateResponse], Awaitable[object]]
@@ -70,6 +72,9 @@ class Door:
         self._admission = admission or Admission(0, 0, 0)
         self._running: set[str] = set()
         self.recent = Recent()
+        # Tokens of the longest prompt taken; 0: what the model takes.
+        self.max_prompt_tokens = 0
+        self.trace_prompts = False
         # Called with each request that is over.
         self.on_end: Callable[[Record], None] = lambda record: None
 
@@ -156,6 +161,8 @@ class Door:
         prompt = await self._prompt(request)
         if span.is_recording():
             span.set_attributes(_attributes(request_id, choice, prompt))
+            if self.trace_prompts:
+                span.set_attribute("kvmesh.prompt", _beginning(request))
         ledger = Ledger(len(prompt.token_ids), received)
         job = Job(
             Request(
@@ -238,9 +245,20 @@ class Door:
             raise InvalidArgument("prompt is missing: give text or tokens")
         if tokenizer is None and request.sampling.stop_strings:
             raise InvalidArgument(f"sampling.stop_strings: model {model.name} has no tokenizer here to find them with")
+        if self.max_prompt_tokens and len(token_ids) > self.max_prompt_tokens:
+            raise InvalidArgument(
+                f"the prompt has {len(token_ids)} tokens, and this router takes {self.max_prompt_tokens}"
+            )
         check_tokens(token_ids, model.vocab_size, model.context_length)
         check_sampling(request.sampling, model.vocab_size, model.context_length, len(token_ids))
         return Prompt(model, token_ids, tokenizer)
+
+
+def _beginning(request: pb.GenerateRequest) -> str:
+    """What of a prompt goes into a trace, where that is asked for."""
+    if request.WhichOneof("prompt") == "text":
+        return request.text[:TRACED_CHARS]
+    return ",".join(map(str, request.tokens.ids[:TRACED_CHARS]))[:TRACED_CHARS]
 
 
 def _check_account(request: pb.GenerateRequest) -> None:

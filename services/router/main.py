@@ -8,15 +8,19 @@ import os
 import secrets
 import time
 from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from kvmesh.aio import Tasks
+from kvmesh.apikeys import ApiKeys
 from kvmesh.config import home
-from kvmesh.grpcx import Server, announce
+from kvmesh.grpcx import Server, announce, connector
+from kvmesh.guard import Access, KeyGuard
 from kvmesh.host import host_id
 from kvmesh.membership import Membership, MeshWatch, SharedSettings
 from kvmesh.metrics import page
+from kvmesh.sizes import parse_size
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1.common_pb2 import Endpoint
@@ -29,12 +33,14 @@ from services.router.cli import RouterConfig
 from services.router.door import Door
 from services.router.draining import Draining
 from services.router.folder import StrategyFolder
+from services.router.link import EngineLink
 from services.router.metrics import RouterMetrics
 from services.router.move import ContextMover
 from services.router.operator import NAME as OPERATOR
 from services.router.operator import OperatorService
 from services.router.runtime import Runtime
 from services.router.service import NAME, RouterService
+from services.router.storelink import StoreLinks
 from services.router.view import MeshView
 
 log = logging.getLogger(__name__)
@@ -54,6 +60,9 @@ async def serve(config: RouterConfig) -> None:
 
 async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     """Starts a router that `stack` stops; returns when it is ready. Raises MeshError."""
+    keys = ApiKeys(config.api_keys) if config.api_keys else None
+    tls, limit = config.tls(), parse_size(config.max_message, "max_message")
+    connect = connector(tls)
     incarnation = secrets.token_hex(16)
     endpoint = Endpoint(name=config.name or f"router-{incarnation[:8]}", incarnation=incarnation)
     telemetry = Telemetry("router", endpoint.name, config)
@@ -61,9 +70,10 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     tokenizers = Tokenizers()
     tokenizers.import_library()
     stack.push_async_callback(tokenizers.close)
-    view = MeshView(on_model=lambda model: tokenizers.prepare(model.path))
+    make_link = partial(EngineLink, connect=connect)
+    view = MeshView(lambda model: tokenizers.prepare(model.path), make_link, StoreLinks(connect))
     stack.push_async_callback(view.close)
-    settings = SharedSettings(config.registry)
+    settings = SharedSettings(config.registry, connect=connect)
     stack.push_async_callback(settings.close)
     folder = await _folder(config, stack)
     strategies = catalog() if folder is None else folder.strategies
@@ -71,10 +81,11 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     stack.push_async_callback(board.close)
     runtime = Runtime(view, telemetry.tracer)
     stack.push_async_callback(runtime.close)
-    watch = MeshWatch(config.registry, view.update, patience=PATIENCE_S)
+    watch = MeshWatch(config.registry, view.update, patience=PATIENCE_S, connect=connect)
     stack.push_async_callback(watch.close)
     admission = Admission(config.max_running, config.max_running_tokens, config.max_waiting)
     door = Door(view, board, runtime, tokenizers, telemetry, admission)
+    door.max_prompt_tokens, door.trace_prompts = config.max_prompt_tokens, config.trace_prompts
     view.draining = draining = Draining(settings)
     stack.push_async_callback(draining.close)
     background = Tasks()
@@ -87,7 +98,8 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
         add_RouterServicer_to_server(service, server)
         add_OperatorServicer_to_server(operator, server)
 
-    server = Server(config.listen, register, [NAME, OPERATOR])
+    access = Access(tls, config.client_certs, None if keys is None else KeyGuard(keys), limit)
+    server = Server(config.listen, register, [NAME, OPERATOR], access)
     stack.push_async_callback(server.stop)
     endpoint.address = config.advertise or server.address
     await server.start()
@@ -98,7 +110,7 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     draining.start()
     if folder is not None:
         folder.follow(board.adopt)
-    http = await _http(config, door, view, service, stack)
+    http = await _http(config, door, view, service, keys, stack)
     await _join(config, endpoint, {"http": http} if http else {}, watch, stack)
     if config.wait_engines:
         log.info("waiting for %d engines", config.wait_engines)
@@ -120,15 +132,23 @@ async def _folder(config: RouterConfig, stack: AsyncExitStack) -> StrategyFolder
     return folder
 
 
-async def _http(config: RouterConfig, door: Door, view: MeshView, service: RouterService, stack: AsyncExitStack) -> str:
+async def _http(
+    config: RouterConfig,
+    door: Door,
+    view: MeshView,
+    service: RouterService,
+    keys: ApiKeys | None,
+    stack: AsyncExitStack,
+) -> str:
     """Opens the HTTP door, if there is to be one; its address."""
     if not config.http:
         return ""
     from services.router.http.server import make_app, serving
 
     traces = [Path(config.trace_dir) if config.trace_dir else home() / "traces"]
-    address = await stack.enter_async_context(serving(config.http, make_app(door, view, service, traces)))
-    log.info("HTTP on http://%s", address)
+    app = make_app(door, view, service, traces, keys, parse_size(config.max_message, "max_message"))
+    address = await stack.enter_async_context(serving(config.http, app, config.tls_cert, config.tls_key))
+    log.info("HTTP on %s://%s", "https" if config.tls_ca else "http", address)
     if config.announce:
         announce(f"{config.announce}.http", address)
     return address
@@ -146,7 +166,7 @@ async def _join(
         started_unix_ms=int(time.time() * 1000),
         pid=os.getpid(),
     )
-    membership = Membership(config.registry, member)
+    membership = Membership(config.registry, member, connect=connector(config.tls()))
     await membership.start(REGISTER_S)
     stack.push_async_callback(membership.stop)
     await watch.wait_for(lambda members: endpoint.name in members, REGISTER_S)

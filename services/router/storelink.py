@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 
 from kvmesh.aio import Tasks
+from kvmesh.grpcx import channel
+from kvmesh.membership import Connect
 from kvmesh.v1.engine_pb2 import EngineInfo, LoadReport
 from kvmesh.v1.kvstore_pb2 import StoreInfo, StoreStats, StoreStatus, WatchStoreRequest
 from kvmesh.v1.kvstore_pb2_grpc import KvStoreStub
@@ -22,8 +24,8 @@ log = logging.getLogger(__name__)
 class StoreLink(EngineLink):
     """One incarnation of one store: alive, and dead, as an engine is."""
 
-    def __init__(self, member: Member, tasks: Tasks, on_change: Callable[[], None]) -> None:
-        super().__init__(member, tasks, on_change)
+    def __init__(self, member: Member, tasks: Tasks, on_change: Callable[[], None], connect: Connect = channel) -> None:
+        super().__init__(member, tasks, on_change, connect)
         self.store = KvStoreStub(self._channel)
         self.about = StoreInfo()
         self.stats = StoreStats()
@@ -61,8 +63,9 @@ class StoreLink(EngineLink):
 class StoreLinks:
     """Stores by name, kept in step with the registry."""
 
-    def __init__(self) -> None:
+    def __init__(self, connect: Connect = channel) -> None:
         self.links: dict[str, StoreLink] = {}
+        self._connect = connect
         self._tasks = Tasks()
 
     def update(self, members: Mapping[str, Member]) -> None:
@@ -76,7 +79,7 @@ class StoreLinks:
         for name, member in stores.items():
             if name not in self.links:
                 log.info("store %s at %s", name, member.endpoint.address)
-                self.links[name] = StoreLink(member, self._tasks, lambda: None)
+                self.links[name] = StoreLink(member, self._tasks, lambda: None, self._connect)
 
     def candidates(self, engines: Sequence[EngineLink]) -> list[StoreLink]:
         """Links to the stores that are up and keep KV that these engines can use."""

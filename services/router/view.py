@@ -29,9 +29,10 @@ class MeshView:
         self,
         on_model: Callable[[ModelInfo], object] = lambda model: None,
         make_link: Callable[[Member, Tasks, Callable[[], None]], EngineLink] = EngineLink,
+        stores: StoreLinks | None = None,
     ) -> None:
         self.links: dict[str, EngineLink] = {}
-        self.stores = StoreLinks()
+        self.stores = StoreLinks() if stores is None else stores
         # Incarnations of the engines that are to get no new requests.
         self.draining: Collection[str] = ()
         # Every model ever described here: one whose engines are all gone is unavailable, not unknown.

@@ -198,8 +198,23 @@ async def test_bad_arguments_reserve_nothing(node, fields, says):
 async def test_an_unknown_model(node):
     code, details = await refused(node.kv.PrepRecv(pb.PrepRecvRequest(token_ids=PROMPT, model="other"), timeout=10))
     assert code is CODES.NOT_FOUND and "'other'" in details and "tiny" in details
-    assert (await node.prepare(PROMPT, end=0, model="tiny")).end == 0
-    await node.release(common_pb2.Ticket(receiver=node.endpoint, id=1))
+    ticket = await node.prepare(PROMPT, end=0, model="tiny")
+    assert ticket.end == 0
+    await node.release(ticket)
+
+
+async def test_a_guessed_ticket_opens_nothing(node):
+    ticket = await node.prepare(PROMPT, end=8)
+    assert len(ticket.secret) == 16
+    guessed = common_pb2.Ticket()
+    guessed.CopyFrom(ticket)
+    for secret in (b"", bytes(16), ticket.secret[:-1]):
+        guessed.secret = secret
+        code, details = await refused(node.kv.Release(pb.ReleaseRequest(ticket=guessed), timeout=10))
+        assert code is CODES.PERMISSION_DENIED and "ticket.secret" in details
+        code, details = await Played(node, guessed, 0, 8).refused()
+        assert code is CODES.PERMISSION_DENIED and "ticket.secret" in details
+    await node.release(ticket)
 
 
 async def test_no_room_now(node):

@@ -606,7 +606,8 @@ async def test_failures_of_sends_are_the_callers_business(caplog):
 async def test_the_receiver_dies_during_the_write():
     async with two() as (p, d):
         ticket = await d.prepare(PROMPT)
-        await p.send(PROMPT[:20], await d.prepare(PROMPT[:20], end=20))
+        other = await d.prepare(PROMPT[:20], end=20)
+        await p.send(PROMPT[:20], other)
         assert p.runtime.connections == 1
         gate = p.runtime.gate("piece", 1)
         call = p.send(PROMPT, ticket)
@@ -620,8 +621,8 @@ async def test_the_receiver_dies_during_the_write():
         assert code is CODES.UNAVAILABLE
         # What this one would do at its end.
         d.receiver.stopped(p.endpoint.incarnation, 2)
-        for id in (1, 2):
-            d.receiver.release(common_pb2.Ticket(receiver=d.endpoint, id=id))
+        for held in (ticket, other):
+            d.receiver.release(held)
 
 
 async def test_another_life_of_the_receiver_takes_the_place_of_the_former():

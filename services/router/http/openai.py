@@ -81,7 +81,7 @@ class OpenAi:
 
     async def _answer(self, call: Call, http: Request, trace: str) -> Response:
         metadata = [("traceparent", trace)] if trace else []
-        source = events(self._door, call.requests, metadata)
+        source = events(self._door, call.requests, metadata, getattr(http.state, "caller", None))
         if not call.body.stream:
             for event in await unless_disconnected(http, source):
                 await self._take(call, event)

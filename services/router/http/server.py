@@ -11,15 +11,19 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from fastapi import FastAPI, Request, Response
+from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 
 from kvmesh import __version__
+from kvmesh.apikeys import ApiKeys
 from kvmesh.errors import InvalidArgument, MeshError, NotFound, Unavailable
-from kvmesh.grpcx import join_address, split_address
+from kvmesh.grpcx import join_address, loopback, split_address
+from kvmesh.sizes import MESSAGE_BYTES
 from services.router.door import Door
 from services.router.http.dashboard import Dashboard
 from services.router.http.errors import error_response
+from services.router.http.gate import Gate
 from services.router.http.microserving import Microserving
 from services.router.http.openai import OpenAi
 from services.router.service import RouterService
@@ -30,11 +34,26 @@ log = logging.getLogger(__name__)
 STOP_S = 3.0
 
 
-def make_app(door: Door, view: MeshView, service: RouterService, traces: list[Path]) -> FastAPI:
-    """All routes; /docs and /openapi.json describe them. `traces`: folders of span files, for the dashboard."""
+def make_app(
+    door: Door,
+    view: MeshView,
+    service: RouterService,
+    traces: list[Path],
+    keys: ApiKeys | None = None,
+    body_bytes: int = MESSAGE_BYTES,
+) -> FastAPI:
+    """All routes; /docs and /openapi.json describe them. `traces`: folders of span files, for the dashboard.
+
+    With `keys` callers need one of them.
+    """
     app = FastAPI(
-        title="kvmesh router", version=__version__, description="OpenAI's API, and kvmesh's sub-request calls."
+        title="kvmesh router",
+        version=__version__,
+        description="OpenAI's API, and kvmesh's sub-request calls.",
+        # Only so that /docs has a place to enter the key: the gate looks at it.
+        dependencies=[] if keys is None else [Depends(HTTPBearer(auto_error=False))],
     )
+    app.add_middleware(Gate, keys=keys, body_bytes=body_bytes)
     app.include_router(OpenAi(door, view).router)
     app.include_router(Microserving(view).router)
     app.include_router(Dashboard(service, door.recent, traces).router)
@@ -82,9 +101,11 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serving(listen: str, app: Any) -> AsyncIterator[str]:
-    """Serves `app`; the address. Raises Unavailable when `listen` cannot be bound."""
+async def serving(listen: str, app: Any, certificate: str = "", key: str = "") -> AsyncIterator[str]:
+    """Serves `app`, over TLS with the PEM files given; the address. Raises Unavailable when it cannot be bound."""
     host, port = split_address(listen)
+    if not certificate and not loopback(host):
+        log.warning("%s is not loopback, and there is no TLS: what is sent there can be read on the way", listen)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     bound = socket.socket(family)
     try:
@@ -94,7 +115,14 @@ async def serving(listen: str, app: Any) -> AsyncIterator[str]:
         bound.close()
         raise Unavailable(f"cannot listen on {listen}: {error.strerror}") from error
     config = uvicorn.Config(
-        app, lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=int(STOP_S), loop="none"
+        app,
+        lifespan="off",
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(STOP_S),
+        loop="none",
+        ssl_certfile=certificate or None,
+        ssl_keyfile=key or None,
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve([bound]), name="http")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import deque
 from collections.abc import AsyncGenerator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from starlette.requests import Request
 from kvmesh.errors import Cancelled
 from kvmesh.v1.router_pb2 import GenerateRequest, GenerateResponse
 from services.router.door import REQUEST_S, Door
+from services.router.http.gate import Caller
 
 # Messages that wait for a slow client: then the generations wait too.
 BACKLOG = 64
@@ -27,9 +29,21 @@ class Event:
 
 
 async def events(
+    door: Door, requests: Sequence[GenerateRequest], metadata: list[tuple[str, str]], caller: Caller | None = None
+) -> AsyncGenerator[Event, None]:
+    """Messages of all choices as they come; closing it cancels what still runs. Raises the first failure.
+
+    They count against the limit of `caller` from the first message asked for to the end.
+    """
+    with contextlib.nullcontext() if caller is None else caller.running(len(requests)):
+        async with contextlib.aclosing(_events(door, requests, metadata)) as source:
+            async for event in source:
+                yield event
+
+
+async def _events(
     door: Door, requests: Sequence[GenerateRequest], metadata: list[tuple[str, str]]
 ) -> AsyncGenerator[Event, None]:
-    """Messages of all choices as they come; closing it cancels what still runs. Raises the first failure."""
     backlog: deque[Event] = deque()
     news, room = asyncio.Event(), asyncio.Event()
 

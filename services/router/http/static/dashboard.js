@@ -27,11 +27,29 @@ function bytes(count) {
 const ms = (seconds) => (seconds ? (seconds * 1000).toFixed(1) : "");
 const group = (r) => `${r.strategy}${r.revision ? ` r${r.revision}` : ""}`;
 
+// Kept for this tab only.
+const key = () => sessionStorage.getItem("kvmesh-key") || "";
+
 async function get(path) {
-  const reply = await fetch(path);
+  const reply = await fetch(path, key() ? { headers: { authorization: `Bearer ${key()}` } } : {});
   const body = await reply.json();
+  $("key").hidden = reply.ok || ![401, 403].includes(reply.status);
   if (!reply.ok) throw new Error(body.error ? body.error.message : reply.statusText);
   return body;
+}
+
+async function download(event) {
+  if (!key()) return;
+  // A link shows no key: what it leads to is fetched, and saved from here.
+  event.preventDefault();
+  try {
+    const text = JSON.stringify(await get($("perfetto").getAttribute("href")));
+    const url = URL.createObjectURL(new Blob([text], { type: "application/json" }));
+    element("a", { href: url, download: `trace-${chosen}.json` }).click();
+    URL.revokeObjectURL(url);
+  } catch (error) {
+    $("trace-title").textContent = error.message;
+  }
 }
 
 function slots(load, total) {
@@ -188,7 +206,7 @@ async function refresh(all) {
       showCompare(requests);
     }
   } catch (error) {
-    $("summary").textContent = `the router does not answer: ${error.message}`;
+    $("summary").textContent = $("key").hidden ? `the router does not answer: ${error.message}` : error.message;
   }
 }
 
@@ -197,6 +215,13 @@ $("trace-close").addEventListener("click", () => {
   chosen = "";
   history.replaceState(null, "", "/");
 });
+$("key").addEventListener("submit", (event) => {
+  event.preventDefault();
+  sessionStorage.setItem("kvmesh-key", $("key-text").value.trim());
+  $("key-text").value = "";
+  refresh(true);
+});
+$("perfetto").addEventListener("click", download);
 $("filters").addEventListener("submit", (event) => event.preventDefault());
 $("filters").addEventListener("input", () => refresh(true));
 let beat = 0;
