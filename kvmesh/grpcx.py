@@ -40,7 +40,6 @@ GRACE_S = 1.0
 _HOST_PORT = re.compile(r"(?:\[([0-9A-Fa-f:.]+(?:%\w+)?)\]|([A-Za-z0-9._-]+)):([0-9]{1,5})", re.ASCII)
 
 _COMMON: list[tuple[str, int]] = [
-    ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.max_send_message_length", MESSAGE_BYTES),
     # A peer that vanished without a word is noticed within 15 s, also between calls.
     ("grpc.keepalive_time_ms", 10000),
@@ -57,6 +56,7 @@ _SERVER = [
 ]
 _CHANNEL = [
     *_COMMON,
+    ("grpc.max_receive_message_length", MESSAGE_BYTES),
     ("grpc.enable_http_proxy", 0),
     ("grpc.initial_reconnect_backoff_ms", 100),
     # Also the time that one attempt to connect is given.

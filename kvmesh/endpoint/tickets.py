@@ -136,7 +136,7 @@ class TicketBook:
         )
 
     def get(self, message: TicketMessage) -> Ticket:
-        """The ticket held under `message`. Raises FailedPrecondition for a former life's, NotFound, PermissionDenied."""
+        """The ticket held under `message`. Raises NotFound, PermissionDenied, FailedPrecondition for a former life."""
         self._check_life(message)
         ticket = self._tickets.get(message.id)
         if ticket is None or ticket.revoked.is_set():

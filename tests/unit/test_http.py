@@ -137,6 +137,7 @@ async def test_request_id_and_trace_are_taken_and_given_back(door):
         ({"max_tokens": -5}, 400, "max_new_tokens = -5"),
         ({"n": 0}, 400, "n = 0"),
         ({"n": 1000}, 400, "n = 1000"),
+        ({"prompt": ["x"] * 65, "n": 4}, 400, "260 choices"),
         ({"prompt": ""}, 400, "token_ids is empty"),
         ({"prompt": []}, 400, "prompt"),
         ({"prompt": [5000]}, 400, "5000"),

@@ -25,6 +25,8 @@ RequestId = Annotated[str, Header(alias="x-request-id")]
 Strategy = Annotated[str, Header(alias="x-kvmesh-strategy")]
 Trace = Annotated[str, Header(alias="traceparent")]
 DEFAULT_TOKENS = 16
+# Of one HTTP request.
+MOST_GENERATIONS = 256
 
 
 class OpenAi:
@@ -58,7 +60,10 @@ class OpenAi:
         body.refuse()
         limit = DEFAULT_TOKENS if body.max_tokens is None else body.max_tokens
         call = Call("cmpl", "text_completion", body, request_id)
-        for prompt in body.prompts():
+        prompts = body.prompts()
+        if (count := len(prompts) * (body.n or 1)) > MOST_GENERATIONS:
+            raise InvalidArgument(f"prompt: {len(prompts)} prompts make {count} choices, at most {MOST_GENERATIONS}")
+        for prompt in prompts:
             for choice in range(body.n or 1):
                 request = call.add(body.sampling(limit, body.logprobs not in (None, False), choice), strategy)
                 if isinstance(prompt, str):
