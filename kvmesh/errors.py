@@ -90,6 +90,12 @@ class Aborted(MeshError):
     status = "ABORTED"
 
 
+class DataLoss(MeshError):
+    """Data that is there is not what it should be."""
+
+    status = "DATA_LOSS"
+
+
 class Unimplemented(MeshError):
     """The other side cannot do this."""
 
@@ -112,6 +118,7 @@ _KINDS: tuple[type[MeshError], ...] = (
     Aborted,
     AlreadyExists,
     Cancelled,
+    DataLoss,
     DeadlineExceeded,
     FailedPrecondition,
     Internal,

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import abc
+from collections.abc import Callable
 from typing import TYPE_CHECKING, ClassVar
 
 from kvmesh.dataplane.layout import Layout
 from kvmesh.dataplane.slots import Slots
-from kvmesh.v1.kv_pb2 import KvPool
+from kvmesh.errors import Unavailable
+from kvmesh.v1.kv_pb2 import KvPool, Meeting
 
 if TYPE_CHECKING:
     import torch
+
+
+class CannotConnect(Unavailable):
+    """The way to the peer cannot be set up; nothing was written. Another transport may do."""
 
 
 class Pool:
@@ -28,18 +34,33 @@ class Pool:
 
 
 class Connection(abc.ABC):
-    """The way into one peer's pool. Used by one thread at a time; opening and keeping it is the transport's matter."""
+    """The way into one peer's pool. Used by one thread at a time, but for `abort`."""
 
     @abc.abstractmethod
     def write(self, source: Slots, target: Slots) -> int:
         """Copies rows `source` of our pool to rows `target` of the peer's, all layers; bytes written.
 
-        Returns when the peer can read them. Raises Unavailable when the peer is gone.
+        Returns when the peer can read them, or, of a two-sided transport, when they are on their way. Raises
+        Unavailable when the peer is gone.
         """
 
     @abc.abstractmethod
     def close(self) -> None:
         """Lets go of the peer's memory. Only after the last write has returned."""
+
+    def wait_for(self, fence: object) -> None:  # noqa: B027
+        """Writes from now on read our pool as it is behind the fence (Transport.fence)."""
+
+    def abort(self) -> None:  # noqa: B027
+        """Makes a write that waits for the peer fail, from any thread. Those that never wait do nothing."""
+
+
+class Reception(abc.ABC):
+    """The receiver's part of one write through a two-sided transport."""
+
+    @abc.abstractmethod
+    def cancel(self) -> None:
+        """Ends it, from any thread: once this has returned, our slots are not written into any more."""
 
 
 class Transport(abc.ABC):
@@ -47,6 +68,8 @@ class Transport(abc.ABC):
 
     # As in WriteGrant.transport.
     name: ClassVar[str]
+    # The receiver takes part: each write has a connection of its own, and `accept` has to be called for it.
+    two_sided: ClassVar[bool] = False
 
     @abc.abstractmethod
     def describe(self) -> KvPool:
@@ -54,7 +77,18 @@ class Transport(abc.ABC):
 
     @abc.abstractmethod
     def connect(self, peer: KvPool) -> Connection:
-        """Opens the way into `peer`. Raises Unavailable when it is not there, InvalidArgument when it does not fit."""
+        """Opens the way into `peer`. Raises CannotConnect, InvalidArgument when its form does not fit."""
 
-    def accept(self, write_id: int, slots: Slots) -> None:  # noqa: B027
-        """The receiver's part of one write, called when it is granted. One-sided transports have none."""
+    def fence(self) -> object:
+        """Stands for what the calling thread has had the device do so far; None where it is done already."""
+        return None
+
+    def accept(self, meeting: Meeting, slots: Slots, seconds: float, done: Callable[[str], None]) -> Reception:
+        """Two-sided: begins to take what a peer writes at `meeting` into our rows `slots`, for at most `seconds`.
+
+        `done` is called once, from another thread, with what went wrong, or nothing when every row has arrived.
+        """
+        raise NotImplementedError(f"transport {self.name} is one-sided")
+
+    def close(self) -> None:  # noqa: B027
+        """Ends what `accept` and `connect` have begun."""

@@ -10,10 +10,10 @@ import mmap
 import os
 from typing import TYPE_CHECKING
 
-from kvmesh.dataplane.base import Connection, Pool, Transport
+from kvmesh.dataplane.base import CannotConnect, Connection, Pool, Transport
 from kvmesh.dataplane.layout import Layout, refusal
 from kvmesh.dataplane.slots import Slots, joint_runs
-from kvmesh.errors import InvalidArgument, Unavailable
+from kvmesh.errors import InvalidArgument
 from kvmesh.process import ProcessRef
 from kvmesh.v1.kv_pb2 import KvPool, Process
 
@@ -47,15 +47,15 @@ class SharedMemory:
 
     @staticmethod
     def open(owner: ProcessRef, fd: int, size: int) -> SharedMemory:
-        """The memory that `owner` has under `fd`. Raises Unavailable, InvalidArgument."""
+        """The memory that `owner` has under `fd`. Raises CannotConnect, InvalidArgument."""
         try:
             ours = os.open(f"/proc/{owner.pid}/fd/{fd}", os.O_RDWR | os.O_CLOEXEC)
         except OSError as error:
-            raise Unavailable(f"the pool of process {owner.pid} cannot be opened: {error.strerror}") from error
+            raise CannotConnect(f"the pool of process {owner.pid} cannot be opened: {error.strerror}") from error
         try:
             # Looked at after the open: had the number passed on to another process before, it has other ticks.
             if not owner.alive():
-                raise Unavailable(f"process {owner.pid}, which had the pool, is gone")
+                raise CannotConnect(f"process {owner.pid}, which had the pool, is gone")
             if os.fstat(ours).st_size != size:
                 raise InvalidArgument(f"the pool of process {owner.pid} has not the {size} bytes that it should have")
             return SharedMemory(ours, size, populate=False)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import abc
+import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from kvmesh.dataplane.layout import Layout
 from kvmesh.dataplane.slots import Slots
+from kvmesh.errors import FailedPrecondition
 from kvmesh.process import ProcessRef
 from kvmesh.v1.kv_pb2 import KvPool
 
@@ -29,6 +31,21 @@ class Piece:
     end_ns: int
     tokens: int
     bytes: int
+    # One for each rank (kvmesh.dataplane.checksum); empty unless they were asked for.
+    sums: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """The receiver's part of one write through a two-sided transport.
+
+    `task` returns when all has arrived; it raises Unavailable when that is not to be. Once it has ended, however that
+    came, nothing is written any more; cancelling it therefore takes a moment.
+    """
+
+    # For the grant.
+    pools: list[KvPool]
+    task: asyncio.Task[None]
 
 
 @dataclass(slots=True)
@@ -76,13 +93,35 @@ class KvHolder(abc.ABC):
 
     @abc.abstractmethod
     async def send(
-        self, token_ids: Sequence[int], begin: int, end: int, transport: str, peers: Sequence[KvPool], slots: Slots
+        self,
+        token_ids: Sequence[int],
+        begin: int,
+        end: int,
+        transport: str,
+        peers: Sequence[KvPool],
+        slots: Slots,
+        checksum: bool = False,
     ) -> SendReport:
         """Has the KV of token_ids[begin:end) and writes it to `slots` of the peers' pools.
 
         However it ends, nothing is being written any more when it returns or raises; cancelling therefore takes a
-        moment. Raises Aborted.
+        moment. Raises Aborted; CannotConnect when another transport should be tried.
         """
+
+    def two_sided(self, transport: str) -> bool:
+        """Whether writes through this transport need `accept`."""
+        return False
+
+    def accept(self, transport: str, sender: str, slots: Slots, seconds: float, fresh: bool) -> Arrival:
+        """Takes part in a write of `sender` (its incarnation) into `slots`, for at most `seconds`.
+
+        `fresh`: not over a connection of an earlier write.
+        """
+        raise FailedPrecondition(f"transport {transport} needs nothing of the receiver")
+
+    async def verify(self, slots: Slots, sums: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """Compares what is in `slots` with (tokens, a checksum for each rank) of each piece. Raises DataLoss."""
+        raise FailedPrecondition("this endpoint cannot verify checksums")
 
     @abc.abstractmethod
     def forget(self, peers: Sequence[KvPool]) -> None:

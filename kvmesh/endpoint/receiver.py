@@ -8,11 +8,13 @@ import time
 from collections.abc import AsyncIterator
 from typing import Any
 
+from kvmesh.aio import Tasks
+from kvmesh.dataplane.choice import choose
 from kvmesh.dataplane.layout import Layout, refusal
-from kvmesh.dataplane.slots import to_runs
-from kvmesh.endpoint.base import KvHolder
+from kvmesh.dataplane.slots import Slots, to_runs
+from kvmesh.endpoint.base import Arrival, KvHolder
 from kvmesh.endpoint.tickets import Ticket, TicketBook, Writer
-from kvmesh.errors import Aborted, DeadlineExceeded, FailedPrecondition, InvalidArgument
+from kvmesh.errors import Aborted, DataLoss, DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.v1 import kv_pb2 as pb
 from kvmesh.v1.common_pb2 import Ticket as TicketMessage
@@ -23,15 +25,45 @@ DEFAULT_TTL_MS, MIN_TTL_MS, MAX_TTL_MS = 30_000, 100, 600_000
 MAX_WAIT_MS = 600_000
 # A writer says what it wants, and that it is done, within so many seconds; the write itself has the ticket's life.
 WORD_S = 10.0
+# Ways that a writer may find unusable before it is refused.
+MAX_GRANTS = 6
+
+
+class _Way:
+    """How one write gets here: the transport, and our part of it if it is two-sided."""
+
+    def __init__(self, begin: pb.WriteBegin, ticket: Ticket, same_host: bool) -> None:
+        self.begin = begin
+        self.ticket = ticket
+        self.same_host = same_host
+        self.slots: Slots = ticket.slots[begin.begin - ticket.matched : begin.end - ticket.matched]
+        self.transport = ""
+        self.arrival: Arrival | None = None
+        # The sender itself writes into the slots, as far as we know.
+        self.direct = False
+        self.failed: set[str] = set()
+        self.grants = 0
+
+    @property
+    def reused(self) -> bool:
+        """It goes over a connection of an earlier write."""
+        return self.arrival is not None and not all(pool.meeting.fresh for pool in self.arrival.pools)
+
+    @property
+    def left(self) -> float:
+        """Seconds of the ticket's life."""
+        return max(0.001, self.ticket.expires - time.monotonic())
 
 
 class Receiver:
     """PrepRecv, Release and KvPeer over one holder of KV and its ticket book."""
 
-    def __init__(self, holder: KvHolder, book: TicketBook, host_id: str) -> None:
+    def __init__(self, holder: KvHolder, book: TicketBook, host_id: str, checksum: bool = False) -> None:
         self._holder = holder
         self._book = book
         self._host_id = host_id
+        self._checksum = checksum
+        self._tasks = Tasks()
 
     async def prepare(self, token_ids: list[int], end: int, ttl_ms: int, wait: float, owner: str) -> TicketMessage:
         """Reserves slots up to `end`, rounded down to a block; waits `wait` seconds for room. Raises MeshError."""
@@ -49,26 +81,53 @@ class Receiver:
         first = await self._word(requests, "begin")
         begin = first.begin
         ticket = self._book.get(begin.ticket)
-        transport = self._choose(begin)
+        if difference := refusal(self._holder.layout, Layout.of(begin.layout)):
+            raise FailedPrecondition(f"the sender's KV has another layout: {difference}")
+        same_host = begin.location.host_id == self._host_id
+        transport = choose(begin.transports, self._holder.pools, same_host)
         if begin.end % (page := self._holder.layout.page_size):
             raise InvalidArgument(f"end = {begin.end} is no multiple of the page size {page}")
         key = (begin.sender.incarnation, begin.write_id)
         writer = Writer(key, begin.sender.name, self._processes(begin.location))
         self._book.begin_write(ticket, begin.begin, begin.end, writer)
+        way = _Way(begin, ticket, same_host)
         filled: int | None = None
         in_doubt = True
         try:
-            await context.write(pb.WriteResponse(grant=self._grant(ticket, transport, begin)))
-            await self._wait_done(requests, ticket)
+            await context.write(pb.WriteResponse(grant=self._grant(way, transport)))
+            while (word := await self._next(requests, way)).WhichOneof("event") == "another":
+                await context.write(pb.WriteResponse(grant=await self._another(way, word.another)))
+            await self._arrived(way)
             in_doubt = False
             if ticket.revoked.is_set():
                 raise Aborted(f"ticket {ticket.id} was taken back during the write")
+            if word.done.sums:
+                await self._holder.verify(way.slots, [(s.tokens, tuple(s.ranks)) for s in word.done.sums])
+            elif self._checksum and begin.end > begin.begin:
+                raise DataLoss("the sender gave no checksums, and they are required here")
             await self._publish(ticket, begin.end)
             filled = begin.end
         finally:
-            self._book.end_write(ticket, filled, in_doubt)
+            if in_doubt and way.arrival is not None:
+                # We ourselves write what comes in: nobody gets the slots before that has ended.
+                self._tasks.start(self._stop(way.arrival, ticket, key), f"end the write of {begin.sender.name}")
+            else:
+                self._book.end_write(ticket, filled, in_doubt)
+                if in_doubt and not way.direct:
+                    self._book.writer_stopped(key)
         # Last: who hears of it may use the ticket at once.
         await context.write(pb.WriteResponse(committed=pb.WriteCommitted(filled=filled)))
+
+    async def _stop(self, arrival: Arrival, ticket: Ticket, key: tuple[str, int]) -> None:
+        await _end(arrival.task)
+        self._book.end_write(ticket, None, in_doubt=True)
+        # No need to wait for the sender.
+        self._book.writer_stopped(key)
+
+    async def close(self) -> None:
+        """Ends what is under way."""
+        await self._tasks.drain(1.0)
+        await self._tasks.close()
 
     async def _publish(self, ticket: Ticket, upto: int) -> None:
         try:
@@ -90,50 +149,109 @@ class Receiver:
             raise DeadlineExceeded(f"the writer did not say {event} within {WORD_S:g} s") from None
         return _check(request, event)
 
-    async def _wait_done(self, requests: AsyncIterator[pb.WriteRequest], ticket: Ticket) -> None:
-        """Waits for `done`. Raises Aborted when the ticket is taken back, InvalidArgument for another message."""
+    async def _next(self, requests: AsyncIterator[pb.WriteRequest], way: _Way) -> pb.WriteRequest:
+        """Waits for `done` or `another`.
+
+        Raises Aborted when the ticket is taken back, InvalidArgument for another message, Unavailable when our part of
+        it fails.
+        """
+        ticket = way.ticket
         word = asyncio.ensure_future(anext(requests, None))
         taken = asyncio.ensure_future(ticket.revoked.wait())
         try:
-            left = max(0.1, ticket.expires - time.monotonic()) + 1.0
-            await asyncio.wait({word, taken}, timeout=left, return_when=asyncio.FIRST_COMPLETED)
-            if not word.done():
+            waiting: set[asyncio.Future[Any]] = {word, taken}
+            if way.arrival is not None:
+                waiting.add(way.arrival.task)
+            deadline = time.monotonic() + max(0.1, way.left) + 1.0
+            while not word.done() and not taken.done() and (left := deadline - time.monotonic()) > 0:
+                done, _ = await asyncio.wait(waiting, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                if way.arrival is not None and way.arrival.task in done:
+                    waiting.discard(way.arrival.task)
+                    if not word.done() and _failed(way.arrival.task):
+                        # The writer finds out as well, and may want another way.
+                        deadline = min(deadline, time.monotonic() + WORD_S)
+            if taken.done() or not word.done():
+                if way.arrival is not None and way.arrival.task.done():
+                    way.arrival.task.result()
                 raise Aborted(f"ticket {ticket.id} was taken back during the write")
             request = word.result()
         finally:
             word.cancel()
             taken.cancel()
             await asyncio.gather(word, taken, return_exceptions=True)
-        _check(request, "done")
+        return _check(request, "done", "another")
 
-    def _choose(self, begin: pb.WriteBegin) -> str:
-        if difference := refusal(self._holder.layout, Layout.of(begin.layout)):
-            raise FailedPrecondition(f"the sender's KV has another layout: {difference}")
-        if begin.location.host_id != self._host_id:
-            raise FailedPrecondition("sender and receiver are on different hosts, and no transport here crosses hosts")
-        for name in begin.transports:
-            if name in self._holder.pools:
-                return name
-        offered, ours = ", ".join(begin.transports) or "none", ", ".join(self._holder.pools) or "none"
-        raise FailedPrecondition(f"no common transport: the sender has {offered}, the receiver has {ours}")
+    async def _another(self, way: _Way, word: pb.WriteAnother) -> pb.WriteGrant:
+        """Another way for a writer that cannot use the one that it was granted."""
+        if word.transport != way.transport:
+            raise InvalidArgument(f"another.transport = {word.transport!r} was not granted: {way.transport} was")
+        if way.grants >= MAX_GRANTS:
+            raise Unavailable(f"{way.grants} ways were tried; the last failed: {word.reason}")
+        name = way.begin.sender.name
+        if not (again := way.reused):
+            way.failed.add(word.transport)
+        log.warning("%s cannot write through %s: %s", name, word.transport, word.reason)
+        # It says so once it has stopped.
+        way.direct = False
+        if way.arrival is not None:
+            await _end(way.arrival.task)
+            way.arrival = None
+        try:
+            transport = choose(way.begin.transports, self._holder.pools, way.same_host, way.failed)
+        except FailedPrecondition as error:
+            raise Unavailable(f"{error}; the last failed: {word.reason}") from None
+        return self._grant(way, transport, fresh=again)
+
+    async def _arrived(self, way: _Way) -> None:
+        """Two-sided: waits until our part is over. Raises Unavailable."""
+        if way.arrival is None:
+            return
+        taken = asyncio.ensure_future(way.ticket.revoked.wait())
+        try:
+            task = way.arrival.task
+            await asyncio.wait({task, taken}, timeout=way.left, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise Aborted(f"ticket {way.ticket.id} was taken back during the write")
+            task.result()
+        finally:
+            taken.cancel()
 
     def _processes(self, location: pb.WriterLocation) -> tuple[ProcessRef, ...]:
         if location.host_id != self._host_id:
             return ()
         return tuple(ProcessRef(p.pid, p.start_ticks) for p in location.processes)
 
-    def _grant(self, ticket: Ticket, transport: str, begin: pb.WriteBegin) -> pb.WriteGrant:
-        slots = ticket.slots[begin.begin - ticket.matched : begin.end - ticket.matched]
+    def _grant(self, way: _Way, transport: str, fresh: bool = False) -> pb.WriteGrant:
+        way.transport = transport
+        way.grants += 1
+        pools = self._holder.pools[transport]
+        if self._holder.two_sided(transport) and len(way.slots):
+            sender = way.begin.sender.incarnation
+            way.arrival = self._holder.accept(transport, sender, way.slots, way.left, fresh)
+            pools = way.arrival.pools
+        way.direct = way.arrival is None
         return pb.WriteGrant(
             transport=transport,
-            slots=to_runs(slots),
-            pools=self._holder.pools[transport],
-            max_ms=max(1, int(1000 * (ticket.expires - time.monotonic()))),
+            slots=to_runs(way.slots),
+            pools=pools,
+            max_ms=max(1, int(1000 * way.left)),
+            checksum=self._checksum,
         )
 
 
-def _check(request: pb.WriteRequest | None, event: str) -> pb.WriteRequest:
-    """Raises InvalidArgument unless `request` is `event`; None: the writer says no more."""
-    if request is None or request.WhichOneof("event") != event:
-        raise InvalidArgument(f"the next message of a write must be {event}")
+async def _end(task: asyncio.Task[None]) -> None:
+    """Cancels a task and waits for its end, whatever it is."""
+    task.cancel()
+    await asyncio.wait({task})
+    _failed(task)
+
+
+def _failed(task: asyncio.Task[None]) -> bool:
+    return task.cancelled() or task.exception() is not None
+
+
+def _check(request: pb.WriteRequest | None, *events: str) -> pb.WriteRequest:
+    """Raises InvalidArgument unless `request` is one of `events`; None: the writer says no more."""
+    if request is None or request.WhichOneof("event") not in events:
+        raise InvalidArgument(f"the next message of a write must be {events[0]}")
     return request

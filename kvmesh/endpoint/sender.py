@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ import grpc
 import grpc.aio
 
 from kvmesh.aio import Tasks
+from kvmesh.dataplane.base import CannotConnect
 from kvmesh.dataplane.slots import Slots, from_runs
 from kvmesh.endpoint.base import KvHolder, SendReport
 from kvmesh.errors import Aborted, Internal, MeshError, Unavailable, from_rpc
@@ -34,6 +36,8 @@ BACKOFF_S = (0.1, 2.0)
 IDLE_PEERS = 32
 # How often it is looked whether receivers live whose pools are kept open.
 LOOK_S = 2.0
+# For so long a transport that could not be set up is the last that is offered to the same peer.
+AVOID_S = 60.0
 
 
 @dataclass(slots=True)
@@ -58,11 +62,14 @@ class _Peer:
         self.pools: list[pb.KvPool] = []
         # Those that have the pools.
         self.processes: list[ProcessRef] = []
+        # Transports that cannot be used, until when.
+        self.avoid: dict[str, float] = {}
 
     def granted(self, pools: Sequence[pb.KvPool]) -> None:
         """Keeps in mind where the receiver's pools are."""
-        self.pools = list(pools)
-        self.processes = [ProcessRef(p.process.pid, p.process.start_ticks) for p in pools]
+        # The others are nothing that could be held on to.
+        self.pools = [p for p in pools if p.HasField("process")]
+        self.processes = [ProcessRef(p.process.pid, p.process.start_ticks) for p in self.pools]
 
     def alive(self) -> bool:
         """Whether one of the processes that have the pools is known to live."""
@@ -78,7 +85,9 @@ class Sender:
         holder: KvHolder,
         host_id: str,
         connect: Callable[[str], grpc.aio.Channel] = channel,
+        checksum: bool = False,
     ) -> None:
+        self._checksum = checksum
         self._connect = connect
         self._endpoint = endpoint
         self._holder = holder
@@ -118,17 +127,27 @@ class Sender:
         word: asyncio.Future[Any] | None = None
         call: Any = peer.write()
         try:
-            await call.write(self._begin(write_id, begin, end, ticket))
-            grant = (await _word(_read(call), "grant")).grant
-            peer.granted(grant.pools)
-            slots = from_runs(grant.slots, min((p.rows for p in grant.pools), default=1))
-            if len(slots) != end - begin:
-                raise Internal(f"{ticket.receiver.name} granted {len(slots)} slots for {end - begin} tokens")
-            # Nothing is due from the receiver before we are done: what comes earlier means that it has given up.
+            await call.write(self._begin(peer, write_id, begin, end, ticket))
             word = _read(call)
-            report = await self._copy(word, token_ids, begin, end, grant, slots)
+            while True:
+                grant = (await _word(word, "grant")).grant
+                peer.granted(grant.pools)
+                slots = from_runs(grant.slots, min((p.rows for p in grant.pools), default=1))
+                if len(slots) != end - begin:
+                    raise Internal(f"{ticket.receiver.name} granted {len(slots)} slots for {end - begin} tokens")
+                # Nothing is due from the receiver before we are done: what comes earlier means that it has given up.
+                word = _read(call)
+                try:
+                    report = await self._copy(word, token_ids, begin, end, grant, slots)
+                    break
+                except Unavailable as error:
+                    if word.done() or not self._want_another(peer, grant, error):
+                        raise
+                    another = pb.WriteAnother(transport=grant.transport, reason=str(error))
+                    await call.write(pb.WriteRequest(another=another))
             count = sum(piece.bytes for piece in report.pieces)
-            await call.write(pb.WriteRequest(done=pb.WriteDone(bytes=count)))
+            sums = [pb.PieceSum(tokens=p.tokens, ranks=p.sums) for p in report.pieces if p.sums]
+            await call.write(pb.WriteRequest(done=pb.WriteDone(bytes=count, sums=sums)))
             await _word(word, "committed")
             committed = True
             await call.done_writing()
@@ -146,7 +165,25 @@ class Sender:
                 self._tasks.start(self._say_stopped(peer, write_id), f"stopped writing to {peer.endpoint.name}")
             self._release(peer)
 
-    def _begin(self, write_id: int, begin: int, end: int, ticket: Ticket) -> pb.WriteRequest:
+    def _want_another(self, peer: _Peer, grant: pb.WriteGrant, error: Unavailable) -> bool:
+        """Whether a failed copy may be tried in another way."""
+        name, pools = peer.endpoint.name, grant.pools
+        if pools and pools[0].HasField("meeting") and not all(p.meeting.fresh for p in pools):
+            # The connection of an earlier write, which may have gone stale since.
+            log.info("the connection to %s is made anew: %s", name, error)
+            return True
+        if not isinstance(error, CannotConnect):
+            return False
+        log.warning("%s is not reached through %s: %s; asking for another way", name, grant.transport, error)
+        peer.avoid[grant.transport] = time.monotonic() + AVOID_S
+        return True
+
+    def _offer(self, peer: _Peer) -> list[str]:
+        """All of our transports, those to avoid last."""
+        now = time.monotonic()
+        return sorted(self._holder.pools, key=lambda name: peer.avoid.get(name, 0.0) > now)
+
+    def _begin(self, peer: _Peer, write_id: int, begin: int, end: int, ticket: Ticket) -> pb.WriteRequest:
         return pb.WriteRequest(
             begin=pb.WriteBegin(
                 ticket=ticket,
@@ -155,7 +192,7 @@ class Sender:
                 sender=self._endpoint,
                 location=self._location,
                 layout=self._holder.layout.message(),
-                transports=list(self._holder.pools),
+                transports=self._offer(peer),
                 write_id=write_id,
             )
         )
@@ -170,7 +207,8 @@ class Sender:
         slots: Slots,
     ) -> SendReport:
         """Runs the send for as long as the stream to the receiver lives."""
-        send = self._holder.send(token_ids, begin, end, grant.transport, list(grant.pools), slots)
+        checksum = self._checksum or grant.checksum
+        send = self._holder.send(token_ids, begin, end, grant.transport, list(grant.pools), slots, checksum)
         work = asyncio.ensure_future(send)
         limit = grant.max_ms / 1000
         try:

@@ -108,7 +108,8 @@ def _models(mesh: pb.GetMeshResponse) -> list[str]:
     for engine in mesh.engines:
         info = engine.info
         if info.model.name:
-            line = f"{info.model.name} in {info.layout.dtype} on {info.device}, {info.runtime}"
+            ways = f", KV by {' or '.join(info.transports)}" if info.transports else ""
+            line = f"{info.model.name} in {info.layout.dtype} on {info.device}, {info.runtime}{ways}"
             served.setdefault(line, []).append(engine.member.endpoint.name)
     if len(served) == 1:
         return [*served]

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import click
 
 from kvmesh.config import ServiceConfig, options, setting
+from kvmesh.dataplane.choice import wanted
 from kvmesh.errors import InvalidArgument
 from kvmesh.grpcx import split_address
 
@@ -31,6 +32,11 @@ class EngineConfig(ServiceConfig):
     page_size: int = setting(1, "Tokens in a page of KV.")
     chunk_tokens: int = setting(0, "Tokens prefilled in one pass; longer prompts go in chunks. [default: 512 on a CPU]")
     max_running: int = setting(0, "Requests decoded together. [default: SGLang's]")
+    transport: str = setting(
+        "auto", "Ways to move KV: auto, which is shm and gloo; or of cuda_ipc, shm, nccl, gloo those named: shm,gloo."
+    )
+    data_host: str = setting("", "Address that peers on other hosts send KV to. [default: the host of --advertise]")
+    checksum: bool = setting(False, "Compare checksums of all KV that is sent or received.")
     run_dir: str = setting("", "Folder for sockets and files of the run. [default: one in the temporary folder]")
     sim: str = setting("", "Simulate, in place of a model: a profile's name or TOML file. See docs/simulator.md.")
     sim_faults: str = setting(
@@ -57,6 +63,7 @@ class EngineConfig(ServiceConfig):
                 raise InvalidArgument(f"{field} = {getattr(self, field)} is negative")
         if not 1 <= self.page_size <= 1024:
             raise InvalidArgument(f"page_size = {self.page_size} is not between 1 and 1024")
+        wanted(self.transport)
         self.parsed_labels()
         self.parsed_sglang()
 

@@ -16,6 +16,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 from kvmesh.blocks import BLOCK_TOKENS
+from kvmesh.dataplane.setup import data_host
 from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
@@ -66,8 +67,9 @@ async def start(config: EngineConfig, stack: AsyncExitStack) -> Runtime:
     stack.push_async_callback(tokenizers.close)
     book = TicketBook(endpoint, runtime.layout.fingerprint, runtime.free)
     stack.push_async_callback(book.close)
-    receiver = Receiver(runtime, book, host_id())
-    sender = Sender(endpoint, runtime, host_id(), connector(access.tls))
+    receiver = Receiver(runtime, book, host_id(), config.checksum)
+    stack.push_async_callback(receiver.close)
+    sender = Sender(endpoint, runtime, host_id(), connector(access.tls), checksum=config.checksum)
     stack.push_async_callback(sender.close)
     info = describe(endpoint, runtime, *model)
     status = Status(info, runtime, book)
@@ -144,6 +146,7 @@ def _runtime(config: EngineConfig, folder: Path, digest: str, run_dir: Path, inc
 
     from services.engine.sglang.frontend import SglangOptions
     from services.engine.sglang.runtime import SglangRuntime
+    from services.engine.sglang.transports import data_settings
 
     cpu = not torch.cuda.is_available()
     options = SglangOptions(
@@ -153,6 +156,7 @@ def _runtime(config: EngineConfig, folder: Path, digest: str, run_dir: Path, inc
         page_size=config.page_size,
         chunk_tokens=config.chunk_tokens or (CPU_CHUNK_TOKENS if cpu else 0),
         max_running=config.max_running,
+        data=data_settings(config.transport, data_host(config.data_host, config.advertise, config.listen)),
         extra=dict(config.parsed_sglang()),
     )
     return SglangRuntime(options, digest, run_dir, incarnation)

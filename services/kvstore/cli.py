@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import click
 
 from kvmesh.config import ServiceConfig, options, setting
+from kvmesh.dataplane.choice import wanted
 from kvmesh.errors import InvalidArgument
 from kvmesh.grpcx import split_address
 from kvmesh.sizes import parse_place, parse_size
@@ -33,8 +34,13 @@ class KvStoreConfig(ServiceConfig):
     dtype: str = setting("auto", "With --model: float32, bfloat16, float16, or auto as the engines have it.")
     page_size: int = setting(1, "With --model: tokens in a page of the engines' KV.")
 
+    transport: str = setting("auto", "Ways to move KV: auto, which is shm and gloo; or one of them.")
+    data_host: str = setting("", "Address that peers on other hosts send KV to. [default: the host of --advertise]")
+    checksum: bool = setting(False, "Compare checksums of all KV that is sent or received.")
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        wanted(self.transport)
         for field in ("registry", "advertise", "layout_of"):
             if value := getattr(self, field):
                 split_address(value)

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
+from kvmesh.dataplane.base import Transport
 from kvmesh.dataplane.slots import Slots
-from kvmesh.endpoint.base import KvHolder, Reservation, SendReport
+from kvmesh.endpoint.base import Arrival, KvHolder, Reservation, SendReport
+from kvmesh.endpoint.local import LocalArrivals
 from kvmesh.errors import Aborted, NotFound, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.v1.kv_pb2 import KvPool
@@ -30,16 +32,17 @@ class _Held:
 
 
 class StoreHolder(KvHolder):
-    """A KvHolder over `store`. Prompts that come without a salt have the empty one."""
+    """A KvHolder over `store`, which owns `transports`. Prompts that come without a salt have the empty one."""
 
-    def __init__(self, store: Store) -> None:
+    def __init__(self, store: Store, transports: Mapping[str, Transport]) -> None:
         self._store = store
         self._pool = store.pool
-        transport = store.pool.transport
+        self._transports = transports
         self.layout = store.pool.layout
-        self.pools = {transport.name: [transport.describe()]}
+        self.pools = {name: [transport.describe()] for name, transport in transports.items()}
         self.writers = [ProcessRef.current()]
-        self._mover = Mover({transport.name: transport}, self.layout.bytes_per_token)
+        self._mover = Mover(transports, store.pool.kv)
+        self._arrivals = LocalArrivals(transports)
         self._held: dict[int, _Held] = {}
         self._ids = itertools.count(1)
         self._closed = False
@@ -91,7 +94,14 @@ class StoreHolder(KvHolder):
             self._store.unlock(held.entries)
 
     async def send(
-        self, token_ids: Sequence[int], begin: int, end: int, transport: str, peers: Sequence[KvPool], slots: Slots
+        self,
+        token_ids: Sequence[int],
+        begin: int,
+        end: int,
+        transport: str,
+        peers: Sequence[KvPool],
+        slots: Slots,
+        checksum: bool = False,
     ) -> SendReport:
         """Copies blocks that the caller holds in memory."""
         self._check_open()
@@ -105,10 +115,23 @@ class StoreHolder(KvHolder):
         rows = self._pool.rows(blocks[first : -(-end // size)])[begin - first * size : end - first * size]
         self.sending += 1
         try:
-            pieces = await self._mover.copy(transport, peers[0], np.ascontiguousarray(rows), slots)
+            pieces = await self._mover.copy(transport, peers[0], np.ascontiguousarray(rows), slots, checksum)
         finally:
             self.sending -= 1
         return SendReport(cached=end, computed=0, began_ns=began, prefilled_ns=began, pieces=pieces)
+
+    def two_sided(self, transport: str) -> bool:
+        """As the base says."""
+        return self._arrivals.two_sided(transport)
+
+    def accept(self, transport: str, sender: str, slots: Slots, seconds: float, fresh: bool) -> Arrival:
+        """As the base says."""
+        self._check_open()
+        return self._arrivals.accept(transport, sender, slots, seconds, fresh)
+
+    async def verify(self, slots: Slots, sums: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """As the base says."""
+        await self._mover.verify(slots, sums)
 
     def forget(self, peers: Sequence[KvPool]) -> None:
         """Closes the ways into these pools."""
@@ -123,6 +146,8 @@ class StoreHolder(KvHolder):
         self._closed = True
 
     def close(self) -> None:
-        """Lets go of the peers' pools."""
+        """Lets go of the peers' pools, and listens no more."""
         self.stop()
+        for transport in self._transports.values():
+            transport.close()
         self._mover.close()

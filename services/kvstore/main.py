@@ -9,6 +9,7 @@ import secrets
 import time
 from contextlib import AsyncExitStack
 
+from kvmesh.dataplane.setup import data_host
 from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
@@ -52,14 +53,16 @@ async def start(config: KvStoreConfig, stack: AsyncExitStack) -> Server:
     telemetry = Telemetry("kvstore", endpoint.name, config)
     stack.callback(telemetry.close)
     store, served = await _store(config, stack, endpoint.name)
-    holder = StoreHolder(store)
+    host = data_host(config.data_host, config.advertise, config.listen)
+    holder = StoreHolder(store, await asyncio.to_thread(store.pool.transports, config.transport, host))
     stack.callback(holder.close)
     book = TicketBook(endpoint, holder.layout.fingerprint, holder.free)
     stack.push_async_callback(book.close)
-    sender = Sender(endpoint, holder, host_id(), connector(access.tls))
+    sender = Sender(endpoint, holder, host_id(), connector(access.tls), checksum=config.checksum)
     stack.push_async_callback(sender.close)
     status = Status(describe(endpoint, served, store, holder), store, holder, book)
-    receiver = Receiver(holder, book, host_id())
+    receiver = Receiver(holder, book, host_id(), config.checksum)
+    stack.push_async_callback(receiver.close)
     service = StoreService(store, holder, receiver, sender, status, telemetry)
     register_metrics(await stack.enter_async_context(page("kvstore", endpoint.name, config)), status)
 

@@ -1,76 +1,143 @@
-"""Copies rows of the store's pool into peers' pools, in a thread of its own."""
+"""Copies rows of the store's pool into peers' pools, beside the event loop."""
 
 from __future__ import annotations
 
 import asyncio
-import logging
+import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from kvmesh.dataplane.base import Connection, Transport
+from kvmesh.dataplane.base import Connection, Pool, Transport
+from kvmesh.dataplane.checksum import checksum as checksum_of
 from kvmesh.dataplane.slots import Slots
 from kvmesh.endpoint.base import Piece
-from kvmesh.errors import MeshError, Unavailable
+from kvmesh.errors import DataLoss, MeshError, Unavailable
 from kvmesh.v1.kv_pb2 import KvPool
-
-log = logging.getLogger(__name__)
 
 # Ways into peers that are kept open; the least recently used one goes first.
 CONNECTIONS = 64
 # A copy takes so many bytes at a time: a cancel waits for one piece.
 PIECE_BYTES = 16 << 20
+# Copies at once that can wait for their peers.
+WAITING = 64
 
 
 class Mover:
-    """Owner of the connections of one pool."""
+    """Owner of the ways from `pool` into others.
 
-    def __init__(self, transports: Mapping[str, Transport], bytes_per_token: int) -> None:
+    Copies through one-sided transports take turns in one thread, and keep their connections. One through a two-sided
+    transport has a thread and a connection of its own, since it can wait for its peer.
+    """
+
+    def __init__(self, transports: Mapping[str, Transport], pool: Pool) -> None:
         self._transports = transports
-        self._rows = max(64, PIECE_BYTES // bytes_per_token)
+        self._pool = pool
+        self._rows = max(64, PIECE_BYTES // pool.layout.bytes_per_token)
         self._connections: OrderedDict[bytes, Connection] = OrderedDict()
         self._thread = ThreadPoolExecutor(1, "kvstore-mover", initializer=_alone)
+        self._threads = ThreadPoolExecutor(WAITING, "kvstore-send", initializer=_alone)
 
-    async def copy(self, transport: str, peer: KvPool, source: Slots, target: Slots) -> list[Piece]:
+    async def copy(self, transport: str, peer: KvPool, source: Slots, target: Slots, checksum: bool) -> list[Piece]:
         """Copies rows `source` of our pool to rows `target` of the peer's. Raises Unavailable.
 
         Nothing is being written any more when it returns or raises.
         """
+        if not len(source):
+            return []
+        way = self._transports[transport]
+        if way.two_sided:
+            return await self._copy_apart(way, peer, source, target, checksum)
+
+        def step(source: Slots, target: Slots) -> Piece:
+            name = peer.SerializeToString(deterministic=True)
+            try:
+                return self._write(lambda: self._connection(way, peer, name), source, target, checksum)
+            except BaseException:
+                self._close(name)
+                raise
+
+        return await self._pieces(self._thread, step, source, target)
+
+    async def _copy_apart(
+        self, way: Transport, peer: KvPool, source: Slots, target: Slots, checksum: bool
+    ) -> list[Piece]:
+        connecting = asyncio.get_running_loop().run_in_executor(self._threads, way.connect, peer)
+        try:
+            connection = await asyncio.shield(connecting)
+        except asyncio.CancelledError:
+            # The peer writes, into its own pool: nothing to wait for.
+            connecting.add_done_callback(_drop)
+            raise
+        try:
+            return await self._pieces(
+                self._threads,
+                lambda source, target: self._write(lambda: connection, source, target, checksum),
+                source,
+                target,
+                connection.abort,
+            )
+        except BaseException:
+            connection.abort()
+            raise
+        finally:
+            connection.close()
+
+    async def _pieces(
+        self,
+        threads: ThreadPoolExecutor,
+        step: Callable[[Slots, Slots], Piece],
+        source: Slots,
+        target: Slots,
+        abort: Callable[[], None] = lambda: None,
+    ) -> list[Piece]:
         pieces: list[Piece] = []
-        loop = asyncio.get_running_loop()
         for at in range(0, len(source), self._rows):
             part = slice(at, at + self._rows)
-            work = loop.run_in_executor(self._thread, self._copy, transport, peer, source[part], target[part])
+            work = asyncio.get_running_loop().run_in_executor(threads, step, source[part], target[part])
             try:
                 pieces.append(await asyncio.shield(work))
             except asyncio.CancelledError:
+                abort()
                 while not work.done():
                     await asyncio.wait({work})
+                work.cancelled() or work.exception()
                 raise
         return pieces
+
+    async def verify(self, slots: Slots, sums: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """As KvHolder.verify."""
+        loop, at = asyncio.get_running_loop(), 0
+        for tokens, wanted in sums:
+            part = slots[at : at + tokens]
+            if [await loop.run_in_executor(self._thread, checksum_of, self._pool, part)] != list(wanted):
+                raise DataLoss(f"the KV of tokens {at} to {at + tokens} of the transfer is not what was sent")
+            at += tokens
+        if at != len(slots):
+            raise DataLoss(f"checksums are of {at} tokens, not of {len(slots)}")
 
     def forget(self, peers: Sequence[KvPool]) -> None:
         """Closes the ways into these pools."""
         for peer in peers:
             self._thread.submit(self._close, peer.SerializeToString(deterministic=True))
 
-    def _copy(self, transport: str, peer: KvPool, source: Slots, target: Slots) -> Piece:
-        name = peer.SerializeToString(deterministic=True)
+    def _write(self, way: Callable[[], Connection], source: Slots, target: Slots, checksum: bool) -> Piece:
         begin = time.monotonic_ns()
         try:
-            count = self._connection(transport, peer, name).write(source, target)
+            count = way().write(source, target)
+        except MeshError:
+            raise
         except Exception as error:
-            self._close(name)
-            if isinstance(error, MeshError):
-                raise
             raise Unavailable(f"copying to the receiver failed: {type(error).__name__}: {error}") from error
-        return Piece(begin, time.monotonic_ns(), len(source), count)
+        end = time.monotonic_ns()
+        sums = (checksum_of(self._pool, source),) if checksum else ()
+        return Piece(begin, end, len(source), count, sums)
 
-    def _connection(self, transport: str, peer: KvPool, name: bytes) -> Connection:
+    def _connection(self, way: Transport, peer: KvPool, name: bytes) -> Connection:
         connection = self._connections.get(name)
         if connection is None:
-            connection = self._connections[name] = self._transports[transport].connect(peer)
+            connection = self._connections[name] = way.connect(peer)
             if len(self._connections) > CONNECTIONS:
                 self._close(next(iter(self._connections)))
         self._connections.move_to_end(name)
@@ -85,6 +152,15 @@ class Mover:
         for name in list(self._connections):
             self._thread.submit(self._close, name)
         self._thread.shutdown(wait=True)
+        # Those that still connect end by their own deadlines.
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def _drop(connecting: asyncio.Future[Connection]) -> None:
+    with contextlib.suppress(Exception, asyncio.CancelledError):
+        connection = connecting.result()
+        connection.abort()
+        connection.close()
 
 
 def _alone() -> None:

@@ -8,7 +8,11 @@ from typing import Any
 import numpy as np
 
 from kvmesh.blocks import BLOCK_TOKENS
+from kvmesh.dataplane.base import Transport
+from kvmesh.dataplane.gloo import GlooLinks
 from kvmesh.dataplane.layout import Layout
+from kvmesh.dataplane.pair import PairTransport, Patience
+from kvmesh.dataplane.setup import open_all
 from kvmesh.dataplane.shm import ShmTransport, create_pool
 from kvmesh.dataplane.slots import Slots
 from kvmesh.errors import InvalidArgument
@@ -38,7 +42,7 @@ class BlockPool:
                 f"memory = {memory} bytes has no room for two blocks of this model: {need} are needed"
             )
         self._memory, pool = create_pool(layout, self._rows, name)
-        self.transport = ShmTransport(self._memory, pool)
+        self.kv = pool
         self._free = list(range(self.blocks, 0, -1))
         parts = [part for pair in zip(pool.keys, pool.values, strict=True) for part in pair]
         # Bytes of each layer's K and V, shape [rows, bytes of a row].
@@ -58,6 +62,19 @@ class BlockPool:
     def free(self) -> int:
         """Blocks that nobody has."""
         return len(self._free)
+
+    def transports(self, setting: str, host: str, patience: Patience | None = None) -> dict[str, Transport]:
+        """Ways between this pool and others, best first, as the settings allow; the caller closes them.
+
+        Raises CannotConnect, InvalidArgument.
+        """
+        return open_all(
+            setting,
+            {
+                "shm": lambda: ShmTransport(self._memory, self.kv),
+                "gloo": lambda: PairTransport(self.kv, GlooLinks(host), host, patience),
+            },
+        )
 
     def take(self, count: int) -> list[int]:
         """So many blocks; the caller has seen that they are free."""

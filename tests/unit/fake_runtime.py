@@ -577,7 +577,14 @@ class FakeRuntime(Runtime):
     # Sending
 
     async def send(
-        self, token_ids: Sequence[int], begin: int, end: int, transport: str, peers: Sequence[KvPool], slots: Slots
+        self,
+        token_ids: Sequence[int],
+        begin: int,
+        end: int,
+        transport: str,
+        peers: Sequence[KvPool],
+        slots: Slots,
+        checksum: bool = False,
     ) -> SendReport:
         assert transport == "shm" and len(peers) == 1 and len(slots) == end - begin
         self.sending += 1

@@ -13,6 +13,7 @@ import grpc
 import numpy as np
 
 from kvmesh.dataplane.layout import Layout
+from kvmesh.dataplane.pair import Patience
 from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
@@ -74,7 +75,13 @@ class KvNode:
         return (await self.call(self.kv.PrepRecv, request)).ticket
 
     async def send(
-        self, tokens: list[int], ticket: Ticket, begin: int | None = None, end: int | None = None, **fields: Any
+        self,
+        tokens: list[int],
+        ticket: Ticket,
+        begin: int | None = None,
+        end: int | None = None,
+        timeout: float = 10.0,
+        **fields: Any,
     ) -> kv_pb2.RemoteSendResponse:
         request = kv_pb2.RemoteSendRequest(
             token_ids=tokens,
@@ -83,7 +90,7 @@ class KvNode:
             ticket=ticket,
             **fields,
         )
-        return await self.call(self.kv.RemoteSend, request)
+        return await self.call(self.kv.RemoteSend, request, timeout)
 
     async def release(self, ticket: Ticket) -> bool:
         return (await self.call(self.kv.Release, kv_pb2.ReleaseRequest(ticket=ticket))).released
@@ -123,6 +130,11 @@ async def kv_node(
     disk_blocks: int = 1000,
     ttl: float = 0.0,
     layout: Layout = LAYOUT,
+    transport: str = "auto",
+    host: str = "",
+    address: str = "127.0.0.1",
+    patience: Patience | None = None,
+    checksum: bool = False,
     **clock: Any,
 ) -> AsyncIterator[KvNode]:
     """A store that serves; stopped at the end."""
@@ -135,22 +147,25 @@ async def kv_node(
         await store.start()
         stack.push_async_callback(store.close)
         endpoint = Endpoint(name=name, incarnation=secrets.token_hex(16))
-        holder = StoreHolder(store)
+        holder = StoreHolder(store, store.pool.transports(transport, address, patience))
         stack.callback(holder.close)
         book = TicketBook(endpoint, layout.fingerprint, holder.free)
         stack.push_async_callback(book.close)
-        sender = Sender(endpoint, holder, host_id())
+        host = host or host_id()
+        sender = Sender(endpoint, holder, host, checksum=checksum)
         stack.push_async_callback(sender.close)
         status = Status(describe(endpoint, served, store, holder), store, holder, book)
         telemetry = Telemetry("kvstore", name, KvStoreConfig(registry="127.0.0.1:1", trace_ratio=0))
-        service = StoreService(store, holder, Receiver(holder, book, host_id()), sender, status, telemetry)
+        receiver = Receiver(holder, book, host, checksum)
+        stack.push_async_callback(receiver.close)
+        service = StoreService(store, holder, receiver, sender, status, telemetry)
 
         def register(server: Any) -> None:
             kv_pb2_grpc.add_KvEndpointServicer_to_server(service, server)
             kv_pb2_grpc.add_KvPeerServicer_to_server(service, server)
             kvstore_pb2_grpc.add_KvStoreServicer_to_server(service, server)
 
-        server = Server("127.0.0.1:0", register, NAMES)
+        server = Server(f"{address}:0", register, NAMES)
         stack.push_async_callback(server.stop, 0)
         stack.callback(status.close)
         endpoint.address = status.info.endpoint.address = server.address

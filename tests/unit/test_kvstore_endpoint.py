@@ -237,7 +237,7 @@ async def test_the_status_stream_describes_then_counts(tmp_path: Path) -> None:
         first, second = await call.read(), await call.read()
         call.cancel()
         assert first.info.model.name == "toy" and first.info.block_tokens == BLOCK and first.info.memory_blocks == 8
-        assert Layout.of(first.info.layout) == LAYOUT and list(first.info.transports) == ["shm"]
+        assert Layout.of(first.info.layout) == LAYOUT and list(first.info.transports) == ["shm", "gloo"]
         assert second.stats.memory_used == 2 and second.stats.disk_blocks == 2 and second.stats.written_blocks == 2
         with pytest.raises(InvalidArgument, match="interval_ms = 5"):
             await a.call(

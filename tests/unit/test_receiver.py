@@ -468,12 +468,12 @@ async def test_another_host(node):
     await node.release(ticket)
 
 
-@pytest.mark.parametrize(("offered", "says"), [((), "none"), (("nccl", "gloo"), "nccl, gloo")])
+@pytest.mark.parametrize(("offered", "says"), [((), "none"), (("nccl", "gloo"), "nccl: not here; gloo: not here")])
 async def test_no_common_transport(node, offered, says):
     ticket = await node.prepare(PROMPT)
     code, details = await Played(node, ticket, transports=offered).refused()
     assert code is CODES.FAILED_PRECONDITION
-    assert details == f"no common transport: the sender has {says}, the receiver has shm"
+    assert details == f"no common transport: of the sender's, {says}; the receiver has shm"
     # The first one of those offered that is here.
     writer = Played(node, ticket, transports=["nccl", "shm"])
     assert (await writer.granted()).transport == "shm"

@@ -422,7 +422,7 @@ async def test_no_common_transport():
         d.runtime.pools["nccl"] = d.runtime.pools.pop("shm")
         code, details = await refused(p.send(PROMPT, ticket))
         d.runtime.pools["shm"] = d.runtime.pools.pop("nccl")
-        assert code is CODES.FAILED_PRECONDITION and "the sender has shm, the receiver has nccl" in details
+        assert code is CODES.FAILED_PRECONDITION and "shm: not here; the receiver has nccl" in details
         await d.release(ticket)
 
 

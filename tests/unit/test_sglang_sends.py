@@ -25,7 +25,8 @@ from sglang_parts import (
     m,
 )
 
-from kvmesh.dataplane.base import Connection, Transport
+from kvmesh.dataplane.base import Connection, Pool, Transport
+from kvmesh.dataplane.layout import Layout
 from kvmesh.errors import Unavailable
 from kvmesh.v1.common_pb2 import SamplingParams
 from kvmesh.v1.kv_pb2 import KvPool
@@ -343,7 +344,7 @@ def test_a_peer_that_cannot_be_reached(ends):
     gone = KvPool.FromString(ends.peer)
     gone.fd = 9999
     sent = ends.p.answer(ends.send(PROMPT, 0, 96, reserved.slots, gone.SerializeToString(deterministic=True)))
-    assert sent.error.startswith("Unavailable: ") and not sent.aborted
+    assert sent.error.startswith("CannotConnect: ") and sent.unconnected and not sent.aborted
     # The prefill was not for nothing.
     assert ends.p.holds(PROMPT, 96)
     ends.idle()
@@ -382,11 +383,14 @@ class PlayedTransport(Transport):
         self.closed: list[int] = []
         self.fail: set[int] = set()
         self.wrote: list[tuple[int, int]] = []
+        self.connecting = threading.Event()
+        self.connecting.set()
 
     def describe(self) -> KvPool:
         return KvPool()
 
     def connect(self, peer: KvPool) -> Connection:
+        assert self.connecting.wait(10)
         if peer.fd in self.fail:
             raise Unavailable("not there")
         self.opened.append(peer.fd)
@@ -412,7 +416,8 @@ class Bench:
 
     def __init__(self) -> None:
         self.transport, self.awake = PlayedTransport(), threading.Event()
-        self.copier = Copier({"played": self.transport}, self.awake.set)
+        pool = Pool(Layout("0" * 32, "float32", 1, 1, 1, 1, 1), [], [])
+        self.copier = Copier({"played": self.transport}, pool, self.awake.set)
 
     def stream(self, fd: int) -> Stream:
         return Stream("played", KvPool(fd=fd).SerializeToString(deterministic=True))
@@ -466,6 +471,27 @@ def test_what_is_cancelled_is_not_copied():
     bench.submit(stream)
     bench.wait(stream)
     assert bench.transport.wrote == [] and bench.transport.opened == [] and not stream.error
+
+
+def test_a_cancel_does_not_wait_for_a_peer_that_cannot_be_reached():
+    """Connecting to a dead host takes its time; nothing is being written meanwhile."""
+    bench = Bench()
+    bench.transport.two_sided = True
+    bench.transport.connecting.clear()
+    stream = bench.stream(1)
+    bench.copier.open(stream)
+    bench.submit(stream)
+    bench.copier.cancel(stream)
+    bench.submit(stream)
+    bench.wait(stream)
+    bench.copier.close(stream)
+    bench.transport.connecting.set()
+    # The connection is let go of once it is there.
+    deadline = time.monotonic() + 10
+    while bench.transport.closed != [1]:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert bench.transport.wrote == [] and bench.transport.opened == [1] and not stream.error
 
 
 def test_a_peer_is_forgotten_after_what_was_submitted():

@@ -3,43 +3,47 @@
 from __future__ import annotations
 
 import os
+import queue
 import time
 from array import array
 from typing import Any
 
+import numpy as np
 import zmq
 from sglang.srt.mem_cache.radix_cache import TreeNode
 from sglang.utils import TypeBasedDispatcher
 
-from kvmesh.dataplane.base import Transport
-from kvmesh.dataplane.shm import ShmTransport
+from kvmesh.dataplane.base import Reception
 from kvmesh.process import ProcessRef
+from kvmesh.v1.kv_pb2 import Meeting
 from services.engine.sglang import messages as m
 from services.engine.sglang.copier import Copier
 from services.engine.sglang.load import LoadMeter
-from services.engine.sglang.pool import ShmKvPool, layout_of
+from services.engine.sglang.pool import layout_of
 from services.engine.sglang.reservations import Reservations
 from services.engine.sglang.sends import Sends
+from services.engine.sglang.transports import make
 
 # Running requests that are remembered as begun.
 BEGUN = 10_000
 
 
 class Agent:
-    """One for each scheduler process; all of it runs on the scheduler's thread, but for the copier."""
+    """One for each scheduler process; all of it runs on the scheduler's thread, but for copying and receiving."""
 
     def __init__(self, scheduler: Any) -> None:
         self._scheduler = scheduler
         self._tree = scheduler.tree_cache
         self._pool = scheduler.token_to_kv_pool_allocator.get_kvcache()
-        self._transports: dict[str, Transport] = {}
-        if isinstance(self._pool, ShmKvPool):
-            self._transports["shm"] = ShmTransport(self._pool.memory, self._pool.shared)
-        # The scheduler sleeps on its sockets when idle; the copier wakes it through this.
+        pool, self._transports = make(self._pool)
+        # The scheduler sleeps on its sockets when idle; our threads wake it through this.
         self._alarm = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         if scheduler.idle_sleeper is not None:
             scheduler.idle_sleeper.poller.register(self._alarm, zmq.POLLIN)
-        self._copier = Copier(self._transports, lambda: os.eventfd_write(self._alarm, 1))
+        self._copier = Copier(self._transports, pool, self._wake)
+        # Writes that come in through two-sided transports; and (rid, what went wrong) that threads have to tell.
+        self._receptions: dict[str, Reception] = {}
+        self._news: queue.SimpleQueue[tuple[str, str]] = queue.SimpleQueue()
         self._reservations = Reservations(scheduler, self._tell)
         self._sends = Sends(scheduler, self._copier, self._reservations.lock, self._tell)
         self._load = LoadMeter(scheduler, self._reservations, self._sends, self._tell)
@@ -58,6 +62,9 @@ class Agent:
                 (m.MeshGenerate, self._generate),
                 (m.MeshSend, self._sends.start),
                 (m.MeshCancelSend, self._sends.cancel),
+                (m.MeshAccept, self._accept),
+                (m.MeshCancelAccept, self._cancel_accept),
+                (m.MeshVerify, self._verify),
                 (m.MeshForgetPeer, lambda request: self._copier.forget(request.peer)),
                 (m.MeshFlush, self._flush),
                 (m.MeshHottest, self._hottest),
@@ -89,6 +96,7 @@ class Agent:
         """The next batch has been put together."""
         if self._alarmed():
             self._sends.copied()
+            self._tell_news()
         if self._sends.count:
             self._sends.scheduled(plan)
         if self._pins:
@@ -131,6 +139,44 @@ class Agent:
             return bool(os.eventfd_read(self._alarm))
         except BlockingIOError:
             return False
+
+    def _wake(self) -> None:
+        os.eventfd_write(self._alarm, 1)
+
+    def _accept(self, request: m.MeshAccept) -> None:
+        slots = np.frombuffer(request.slots, np.int64)
+        meeting, rid = Meeting.FromString(request.meeting), request.rid
+        transport = self._transports[request.transport]
+        try:
+            self._receptions[rid] = transport.accept(
+                meeting, slots, request.seconds, lambda error: self._report(rid, error)
+            )
+        except RuntimeError as error:
+            # No thread is to be had: this write fails, and nothing else.
+            self._tell(m.MeshDone(rid=rid, error=str(error)))
+
+    def _cancel_accept(self, request: m.MeshCancelAccept) -> None:
+        if (reception := self._receptions.pop(request.rid, None)) is not None:
+            reception.cancel()
+            self._tell(m.MeshDone(rid=request.rid, error="it was cancelled"))
+
+    def _verify(self, request: m.MeshVerify) -> None:
+        slots, rid = np.frombuffer(request.slots, np.int64), request.rid
+        self._copier.verify(slots, request.tokens, request.sums, lambda error: self._report(rid, error))
+
+    def _report(self, rid: str, error: str) -> None:
+        """From any thread."""
+        self._news.put((rid, error))
+        self._wake()
+
+    def _tell_news(self) -> None:
+        while True:
+            try:
+                rid, error = self._news.get_nowait()
+            except queue.Empty:
+                return
+            self._receptions.pop(rid, None)
+            self._tell(m.MeshDone(rid=rid, error=error))
 
     def _generate(self, request: m.MeshGenerate) -> None:
         node = self._reservations.take(request.ticket)

@@ -1,7 +1,8 @@
-"""The thread that copies KV to peers, beside the scheduler's."""
+"""The threads that copy KV to peers, beside the scheduler's."""
 
 from __future__ import annotations
 
+import logging
 import os
 import queue
 import threading
@@ -10,9 +11,12 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvmesh.dataplane.base import Connection, Transport
+from kvmesh.dataplane.base import Connection, Pool, Transport
+from kvmesh.dataplane.checksum import checksum
 from kvmesh.dataplane.slots import Slots
 from kvmesh.v1.kv_pb2 import KvPool
+
+log = logging.getLogger(__name__)
 
 # Ways into peers that are kept open; the least recently used one goes first.
 CONNECTIONS = 64
@@ -24,9 +28,13 @@ class Stream:
 
     transport: str
     peer: bytes
-    # (begin ns, end ns, tokens, bytes) of each copy.
+    checksum: bool = False
+    # (begin ns, end ns, tokens, bytes) of each copy, and its checksum.
     pieces: list[int] = field(default_factory=list)
+    sums: list[int] = field(default_factory=list)
     error: str = ""
+    # What failed is the connecting.
+    unconnected: bool = False
     cancelled: bool = False
     # Copies handed over and not finished.
     pending: int = 0
@@ -42,30 +50,77 @@ class _Piece:
     stream: Stream
     source: Slots
     target: Slots
+    fence: object
 
 
 class Copier:
-    """Owns the connections. `submit`, `forget` and `finished` are for the scheduler's thread.
+    """Owns the connections. All methods are for the scheduler's thread.
 
-    `wake` is called from the copier's thread after each copy.
+    One-sided transports share one thread. A write through a two-sided one has a thread of its own, since it can wait
+    for its peer. `wake` is called from these threads after each copy.
     """
 
-    def __init__(self, transports: dict[str, Transport], wake: Callable[[], None]) -> None:
+    def __init__(self, transports: dict[str, Transport], pool: Pool, wake: Callable[[], None]) -> None:
         self._transports = transports
+        self._pool = pool
         self._wake = wake
-        self._work: queue.SimpleQueue[_Piece | bytes] = queue.SimpleQueue()
         self._finished: queue.SimpleQueue[Stream] = queue.SimpleQueue()
-        self._connections: OrderedDict[bytes, Connection] = OrderedDict()
-        threading.Thread(target=self._run, name="kvmesh-copier", daemon=True).start()
+        self._shared = _Shared(self)
+        self._lanes: dict[int, _Lane] = {}
+
+    def open(self, stream: Stream) -> None:
+        """Before the first `submit`: begins to connect, where connecting takes time."""
+        transport = self._transports.get(stream.transport)
+        if transport is not None and transport.two_sided:
+            self._lanes[id(stream)] = _Lane(self, stream)
 
     def submit(self, stream: Stream, source: Slots, target: Slots) -> None:
         """Copies rows `source` of our pool to rows `target` of the stream's peer, after what was submitted before."""
         stream.pending += 1
-        self._work.put(_Piece(stream, source, target))
+        # One that is not there fails in the thread, as connecting does.
+        transport = self._transports.get(stream.transport)
+        work = _Piece(stream, source, target, None if transport is None else transport.fence())
+        lane = self._lanes.get(id(stream))
+        if lane is not None:
+            lane.put(work)
+        else:
+            self._shared.work.put(work)
+
+    def cancel(self, stream: Stream) -> None:
+        """Copies nothing more; one that waits for its peer ends soon."""
+        stream.cancelled = True
+        if (lane := self._lanes.get(id(stream))) is not None:
+            lane.abort()
+
+    def close(self, stream: Stream) -> None:
+        """After the last copy of it."""
+        if (lane := self._lanes.pop(id(stream), None)) is not None:
+            lane.put(None)
 
     def forget(self, peer: bytes) -> None:
         """Closes the way into `peer`, after what was submitted before."""
-        self._work.put(peer)
+        self._shared.work.put(peer)
+
+    def verify(self, slots: Slots, tokens: list[int], sums: list[int], done: Callable[[str], None]) -> None:
+        """Compares checksums of our rows, in the shared thread; `done` gets what is wrong."""
+
+        def compare() -> str:
+            at = 0
+            for count, wanted in zip(tokens, sums, strict=True):
+                if checksum(self._pool, slots[at : at + count]) != wanted:
+                    return f"the KV of tokens {at} to {at + count} of the transfer is not what was sent"
+                at += count
+            return "" if at == len(slots) else f"checksums are of {at} tokens, not of {len(slots)}"
+
+        def look() -> None:
+            try:
+                error = compare()
+            except Exception as failure:
+                log.exception("a checksum failed")
+                error = f"{type(failure).__name__}: {failure}"
+            done(error)
+
+        self._shared.work.put(look)
 
     def finished(self) -> list[Stream]:
         """Streams of which a copy has ended since the last call, with `pending` brought up to date."""
@@ -78,36 +133,64 @@ class Copier:
             stream.pending -= 1
             streams.append(stream)
 
+    # For the threads
+
+    def connect(self, stream: Stream) -> Connection:
+        """Raises what the transport raises; the stream knows of it then."""
+        try:
+            return self._transports[stream.transport].connect(KvPool.FromString(stream.peer))
+        except Exception as error:
+            stream.unconnected = True
+            stream.error = f"{type(error).__name__}: {error}"
+            raise
+
+    def copy(self, piece: _Piece, way: Callable[[], Connection]) -> bool:
+        """One copy; whether it went well. `way` gives the connection."""
+        stream = piece.stream
+        try:
+            if not stream.cancelled and not stream.error:
+                begin = time.monotonic_ns()
+                connection = way()
+                if piece.fence is not None:
+                    connection.wait_for(piece.fence)
+                count = connection.write(piece.source, piece.target)
+                stream.pieces += (begin, time.monotonic_ns(), len(piece.source), count)
+                if stream.checksum:
+                    stream.sums.append(checksum(self._pool, piece.source))
+            return True
+        except Exception as error:
+            stream.error = stream.error or f"{type(error).__name__}: {error}"
+            return False
+        finally:
+            self._finished.put(stream)
+            self._wake()
+
+
+class _Shared:
+    """The thread for one-sided transports."""
+
+    def __init__(self, copier: Copier) -> None:
+        self._copier = copier
+        self.work: queue.SimpleQueue[_Piece | bytes | Callable[[], None]] = queue.SimpleQueue()
+        self._connections: OrderedDict[bytes, Connection] = OrderedDict()
+        threading.Thread(target=self._run, name="kvmesh-copier", daemon=True).start()
+
     def _run(self) -> None:
-        # Copies must not hold up what they overlap with: the computing of the next chunk.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        _be_nice()
         while True:
-            work = self._work.get()
+            work = self.work.get()
             if isinstance(work, bytes):
                 self._close(work)
-                continue
-            try:
-                self._copy(work)
-            except Exception as error:
-                work.stream.error = f"{type(error).__name__}: {error}"
-                self._close(work.stream.peer)
-            finally:
-                self._finished.put(work.stream)
-                self._wake()
-
-    def _copy(self, piece: _Piece) -> None:
-        stream = piece.stream
-        if stream.cancelled or stream.error:
-            return
-        begin = time.monotonic_ns()
-        count = self._connection(stream).write(piece.source, piece.target)
-        stream.pieces += (begin, time.monotonic_ns(), len(piece.source), count)
+            elif isinstance(work, _Piece):
+                if not self._copier.copy(work, lambda stream=work.stream: self._connection(stream)):  # type: ignore[misc]
+                    self._close(work.stream.peer)
+            else:
+                work()
 
     def _connection(self, stream: Stream) -> Connection:
         connection = self._connections.get(stream.peer)
         if connection is None:
-            connection = self._transports[stream.transport].connect(KvPool.FromString(stream.peer))
-            self._connections[stream.peer] = connection
+            connection = self._connections[stream.peer] = self._copier.connect(stream)
             if len(self._connections) > CONNECTIONS:
                 self._close(next(iter(self._connections)))
         self._connections.move_to_end(stream.peer)
@@ -116,3 +199,71 @@ class Copier:
     def _close(self, peer: bytes) -> None:
         if (connection := self._connections.pop(peer, None)) is not None:
             connection.close()
+
+
+class _Lane:
+    """The thread of one stream."""
+
+    def __init__(self, copier: Copier, stream: Stream) -> None:
+        self._copier = copier
+        self._stream = stream
+        self._work: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._connecting = True
+        self._connection: Connection | None = None
+        threading.Thread(target=self._run, name="kvmesh-send", daemon=True).start()
+
+    def put(self, piece: _Piece | None) -> None:
+        """None ends it."""
+        self._work.put(piece)
+        if self._stream.cancelled:
+            self.abort()
+
+    def abort(self) -> None:
+        """Of a stream that is cancelled: ends a write that waits for the peer, and does not wait for connecting."""
+        with self._lock:
+            connection = self._connection
+            if self._connecting:
+                # Nothing is being written: what was submitted is over, whenever the thread finds out.
+                self._skip()
+        if connection is not None:
+            connection.abort()
+
+    def _skip(self) -> None:
+        ended = False
+        while not self._work.empty():
+            piece = self._work.get()
+            ended = ended or piece is None
+            if piece is not None:
+                self._copier.copy(piece, _no_connection)
+        if ended:
+            self._work.put(None)
+
+    def _run(self) -> None:
+        _be_nice()
+        try:
+            connection = self._copier.connect(self._stream)
+        except Exception as error:
+            log.info("no connection: %s", error)
+            connection = None
+        with self._lock:
+            self._connecting = False
+            self._connection = connection
+        while (piece := self._work.get()) is not None:
+            # A stream with an error copies nothing; its pieces are counted as finished.
+            self._copier.copy(piece, lambda: connection or _no_connection())
+        with self._lock:
+            self._connection = None
+        if connection is not None:
+            if self._stream.cancelled or self._stream.error:
+                connection.abort()
+            connection.close()
+
+
+def _no_connection() -> Connection:
+    raise AssertionError("a stream with an error copies nothing")
+
+
+def _be_nice() -> None:
+    # Copies must not hold up what they overlap with: the computing of the next chunk.
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

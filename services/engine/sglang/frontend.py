@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from kvmesh.errors import Unavailable
-from services.engine.sglang.plugin import CACHE, ENGINE_VARIABLE, PLATFORM
+from services.engine.sglang.plugin import CACHE, DATA_VARIABLE, ENGINE_VARIABLE, PLATFORM
 
 log = logging.getLogger(__name__)
 
@@ -33,6 +33,8 @@ class SglangOptions:
     chunk_tokens: int = 0
     max_running: int = 0
     seed: int = 0
+    # As services.engine.sglang.transports.data_settings makes it.
+    data: str = ""
     extra: dict[str, Any] = field(default_factory=dict)
 
 
@@ -98,6 +100,7 @@ class Frontend:
         import torch
 
         os.environ[ENGINE_VARIABLE] = self._environment
+        os.environ[DATA_VARIABLE] = self._options.data
         # Log-probabilities as the model gives them, whatever the temperature.
         os.environ.setdefault("SGLANG_RETURN_ORIGINAL_LOGPROB", "1")
         cuda = torch.cuda.is_available()

@@ -58,6 +58,7 @@ class MeshSend(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     transport: str
     peer: bytes
     slots: bytes
+    checksum: bool = False
 
 
 class MeshSent(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
@@ -68,12 +69,37 @@ class MeshSent(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     began: int = 0
     prefilled: int = 0
     pieces: list[int] = []  # noqa: RUF012 (msgspec copies it)
+    # Of each copy, if they were asked for.
+    sums: list[int] = []  # noqa: RUF012
     error: str = ""
     aborted: bool = False
+    # The way to the peer could not be set up.
+    unconnected: bool = False
 
 
 class MeshCancelSend(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
     """Stop sending; answered by MeshSent."""
+
+
+class MeshAccept(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
+    """Take what a peer writes at `meeting` (a Meeting) into `slots`. Answered by MeshDone when all has arrived."""
+
+    transport: str
+    meeting: bytes
+    slots: bytes
+    seconds: float
+
+
+class MeshCancelAccept(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
+    """Stop taking; MeshDone of that rid follows, and nothing is written any more then."""
+
+
+class MeshVerify(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
+    """Compare the KV in `slots` with the checksums of `tokens` rows each. Answered by MeshDone."""
+
+    slots: bytes
+    tokens: list[int]
+    sums: list[int]
 
 
 class MeshForgetPeer(BaseReq, kw_only=True):  # type: ignore[misc, call-arg]
@@ -148,6 +174,9 @@ ALL = (
     MeshSend,
     MeshSent,
     MeshCancelSend,
+    MeshAccept,
+    MeshCancelAccept,
+    MeshVerify,
     MeshForgetPeer,
     MeshFlush,
     MeshDone,

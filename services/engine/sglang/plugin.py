@@ -11,6 +11,8 @@ from typing import Any
 
 # Set by the front for its scheduler processes; the value names the memory of the KV pool.
 ENGINE_VARIABLE = "KVMESH_ENGINE_POOL"
+# Likewise: which transports it has, and the address that peers reach it at.
+DATA_VARIABLE = "KVMESH_ENGINE_DATA"
 PLATFORM = "kvmesh_cpu"
 CACHE = "kvmesh"
 _SCHEDULER = "sglang.srt.managers.scheduler.Scheduler"

@@ -8,14 +8,18 @@ import logging
 import random
 from array import array
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from kvmesh.dataplane.base import CannotConnect
 from kvmesh.dataplane.layout import Layout
 from kvmesh.dataplane.slots import Slots
-from kvmesh.errors import Aborted, FailedPrecondition, MeshError, NotFound, ResourceExhausted, Unavailable
+from kvmesh.endpoint.base import Arrival
+from kvmesh.endpoint.pairs import Pair, Pairs
+from kvmesh.errors import Aborted, DataLoss, FailedPrecondition, MeshError, NotFound, ResourceExhausted, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.sampling import MAX_SEED
 from kvmesh.v1.common_pb2 import KvLayout, SamplingParams
@@ -55,6 +59,7 @@ class SglangRuntime(Runtime):
         self._answers: dict[str, asyncio.Future[Any]] = {}
         self._streams: dict[str, Outputs] = {}
         self._watched = False
+        self._pairs: dict[str, Pairs] = {}
         self.load = RuntimeLoad()
         self.on_load = lambda: None
         self.on_cache = lambda stored, removed, snapshot: None
@@ -70,6 +75,7 @@ class SglangRuntime(Runtime):
             raise FailedPrecondition(f"tensor-parallel degree {first['tp_size']}: this engine works with one rank")
         self.layout = Layout.of(KvLayout.FromString(first["layout"]))
         self.pools = {name: [KvPool.FromString(i["pools"][name]) for i in infos] for name in first["pools"]}
+        self._pairs = {name: Pairs(pools) for name, pools in self.pools.items() if pools[0].HasField("meeting")}
         self.writers = [ProcessRef(*info["process"]) for info in infos]
         self.total_slots = first["total_slots"]
         # SGLang keeps a few tokens of the context to itself.
@@ -227,7 +233,14 @@ class SglangRuntime(Runtime):
             stream.put(Output(ending=ending))
 
     async def send(
-        self, token_ids: Sequence[int], begin: int, end: int, transport: str, peers: Sequence[KvPool], slots: Slots
+        self,
+        token_ids: Sequence[int],
+        begin: int,
+        end: int,
+        transport: str,
+        peers: Sequence[KvPool],
+        slots: Slots,
+        checksum: bool = False,
     ) -> SendReport:
         """As the base says."""
         from services.engine.sglang import messages as m
@@ -244,6 +257,7 @@ class SglangRuntime(Runtime):
                     transport=transport,
                     peer=peers[0].SerializeToString(deterministic=True),
                     slots=slots.astype(np.int64).tobytes(),
+                    checksum=checksum,
                 )
             )
             try:
@@ -259,10 +273,65 @@ class SglangRuntime(Runtime):
         if reply.error:
             if reply.aborted:
                 raise Aborted(f"the send was ended: {reply.error}")
+            if reply.unconnected:
+                raise CannotConnect(f"the receiver is not reached through {transport}: {reply.error}")
             raise Unavailable(f"the copy to the receiver failed: {reply.error}")
         quads = [iter(reply.pieces)] * 4
         pieces = [Piece(*quad) for quad in zip(*quads, strict=True)]
+        if reply.sums:
+            pieces = [replace(piece, sums=(value,)) for piece, value in zip(pieces, reply.sums, strict=True)]
         return SendReport(reply.cached, reply.computed, reply.began, reply.prefilled, pieces)
+
+    def two_sided(self, transport: str) -> bool:
+        """As the base says."""
+        return transport in self._pairs
+
+    def accept(self, transport: str, sender: str, slots: Slots, seconds: float, fresh: bool) -> Arrival:
+        """As the base says."""
+        from services.engine.sglang import messages as m
+
+        pairs, rid = self._pairs[transport], self._id()
+        pair = pairs.take(sender, fresh)
+        pools = pairs.grant(pair)
+        self._frontend.send(
+            m.MeshAccept(
+                rid=rid,
+                transport=transport,
+                meeting=pools[0].meeting.SerializeToString(),
+                slots=slots.astype(np.int64).tobytes(),
+                seconds=seconds,
+            )
+        )
+        answer = self._answers[rid] = asyncio.get_running_loop().create_future()
+        return Arrival(pools, asyncio.create_task(self._arriving(rid, answer, pairs, pair)))
+
+    async def _arriving(self, rid: str, answer: asyncio.Future[Any], pairs: Pairs, pair: Pair) -> None:
+        from services.engine.sglang import messages as m
+
+        try:
+            try:
+                reply = await asyncio.shield(answer)
+            except asyncio.CancelledError:
+                if not answer.done():
+                    self._frontend.send(m.MeshCancelAccept(rid=rid))
+                    await asyncio.wait([answer])
+                raise
+        finally:
+            self._answers.pop(rid, None)
+        if reply.error:
+            raise Unavailable(f"the KV did not arrive: {reply.error}")
+        pairs.put(pair)
+
+    async def verify(self, slots: Slots, sums: Sequence[tuple[int, Sequence[int]]]) -> None:
+        """As the base says."""
+        from services.engine.sglang import messages as m
+
+        if any(len(ranks) != 1 for _, ranks in sums):
+            raise DataLoss("checksums are not of one rank")
+        tokens, values = [tokens for tokens, _ in sums], [ranks[0] for _, ranks in sums]
+        request = m.MeshVerify(rid=self._id(), slots=slots.astype(np.int64).tobytes(), tokens=tokens, sums=values)
+        if error := (await self._ask(request)).error:
+            raise DataLoss(error)
 
     def forget(self, peers: Sequence[KvPool]) -> None:
         """As the base says."""

@@ -72,8 +72,11 @@ class Sends:
         ids = array("q")
         ids.frombytes(request.ids)
         target = np.frombuffer(request.slots, np.int64)
-        job = Job(request, ids, target, Stream(request.transport, request.peer), request.begin)
+        stream = Stream(request.transport, request.peer, request.checksum)
+        job = Job(request, ids, target, stream, request.begin)
         self._jobs[request.rid] = job
+        if request.begin < request.end:
+            self._copier.open(stream)
         slots, node = self._tree.match(ids, request.end)
         if len(slots) == request.end and self._lock(node):
             job.node = node
@@ -187,7 +190,7 @@ class Sends:
     def _fail(self, job: Job, error: str) -> None:
         job.error = job.error or error
         job.aborted = True
-        job.stream.cancelled = True
+        self._copier.cancel(job.stream)
 
     def _end(self, job: Job, slots: torch.Tensor, node: TreeNode) -> None:
         """The prefill is over: the rest goes to the copier."""
@@ -210,6 +213,7 @@ class Sends:
             return
         if job.node is not None:
             self._tree.unlock(job.node)
+        self._copier.close(job.stream)
         error = job.error or job.stream.error
         self._tell(
             m.MeshSent(
@@ -219,7 +223,9 @@ class Sends:
                 began=job.began,
                 prefilled=job.prefilled,
                 pieces=job.stream.pieces,
+                sums=job.stream.sums,
                 error=error,
                 aborted=job.aborted,
+                unconnected=job.stream.unconnected,
             )
         )

@@ -150,9 +150,16 @@ class SimRuntime(Runtime):
         return outputs
 
     async def send(
-        self, token_ids: Sequence[int], begin: int, end: int, transport: str, peers: Sequence[KvPool], slots: Slots
+        self,
+        token_ids: Sequence[int],
+        begin: int,
+        end: int,
+        transport: str,
+        peers: Sequence[KvPool],
+        slots: Slots,
+        checksum: bool = False,
     ) -> SendReport:
-        """Prefills what is missing, and sends."""
+        """Prefills what is missing, and sends; there is nothing to make a checksum of."""
         self._check()
         return await self._sends.send(_ids(token_ids), begin, end, peers, slots)
 
