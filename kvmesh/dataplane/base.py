@@ -52,7 +52,11 @@ class Connection(abc.ABC):
         """Writes from now on read our pool as it is behind the fence (Transport.fence)."""
 
     def abort(self) -> None:  # noqa: B027
-        """Makes a write that waits for the peer fail, from any thread. Those that never wait do nothing."""
+        """Gives a write that waits for the peer up, from any thread. Those that never wait do nothing.
+
+        The write may need its whole deadline to return. Of a two-sided transport nobody has to wait for that: what is
+        written is the receiver's business, and what is still read of our pool goes nowhere.
+        """
 
 
 class Reception(abc.ABC):

@@ -163,6 +163,8 @@ class PairConnection(Connection):
         last = None
         for i, at in enumerate(range(0, len(source), size)):
             rows = source[at : at + size]
+            if self._broken:
+                raise Unavailable("it was given up")
             data = frames[i % 2].gather(self._pool, rows)
             more = at + size < len(source)
             header = self._link.send_header([MAGIC, len(rows), int(more)])
@@ -180,12 +182,14 @@ class PairConnection(Connection):
         self._link.wait_for(fence)
 
     def abort(self) -> None:
-        """Both sides fail."""
+        """Closes the link for both sides. A frame that is on its way holds its staging memory until it is given up:
+        gloo does not wake who waits for one that is half sent.
+        """
         self._broken = True
         self._link.abort()
 
     def close(self) -> None:
-        """Keeps the link for the next write, unless something went wrong on it."""
+        """Keeps the link for the next write, unless something went wrong on it. After an abort also during a write."""
         if self._broken:
             self._link.abort()
             # The others to the same receiver may be as dead.

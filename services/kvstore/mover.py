@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from kvmesh.dataplane.base import Connection, Pool, Transport
@@ -50,60 +50,46 @@ class Mover:
         if way.two_sided:
             return await self._copy_apart(way, peer, source, target, checksum)
 
-        def step(source: Slots, target: Slots) -> Piece:
-            name = peer.SerializeToString(deterministic=True)
+        pieces: list[Piece] = []
+        for source_part, target_part in self._parts(source, target):
+            copying = asyncio.get_running_loop().run_in_executor(
+                self._thread, self._copy, way, peer, source_part, target_part, checksum
+            )
             try:
-                return self._write(lambda: self._connection(way, peer, name), source, target, checksum)
-            except BaseException:
-                self._close(name)
+                pieces.append(await asyncio.shield(copying))
+            except asyncio.CancelledError:
+                while not copying.done():
+                    await asyncio.wait({copying})
+                _seen(copying)
                 raise
+        return pieces
 
-        return await self._pieces(self._thread, step, source, target)
+    def _parts(self, source: Slots, target: Slots) -> Iterator[tuple[Slots, Slots]]:
+        for at in range(0, len(source), self._rows):
+            yield source[at : at + self._rows], target[at : at + self._rows]
 
     async def _copy_apart(
         self, way: Transport, peer: KvPool, source: Slots, target: Slots, checksum: bool
     ) -> list[Piece]:
-        connecting = asyncio.get_running_loop().run_in_executor(self._threads, way.connect, peer)
+        """Through a two-sided transport. A cancel does not wait for the peer: what is written is written by it."""
+        run = asyncio.get_running_loop().run_in_executor
+        connecting = run(self._threads, way.connect, peer)
         try:
             connection = await asyncio.shield(connecting)
         except asyncio.CancelledError:
-            # The peer writes, into its own pool: nothing to wait for.
             connecting.add_done_callback(_drop)
             raise
+        pieces: list[Piece] = []
         try:
-            return await self._pieces(
-                self._threads,
-                lambda source, target: self._write(lambda: connection, source, target, checksum),
-                source,
-                target,
-                connection.abort,
-            )
+            for source_part, target_part in self._parts(source, target):
+                writing = run(self._threads, self._write, connection, source_part, target_part, checksum)
+                writing.add_done_callback(_seen)
+                pieces.append(await asyncio.shield(writing))
         except BaseException:
             connection.abort()
             raise
         finally:
             connection.close()
-
-    async def _pieces(
-        self,
-        threads: ThreadPoolExecutor,
-        step: Callable[[Slots, Slots], Piece],
-        source: Slots,
-        target: Slots,
-        abort: Callable[[], None] = lambda: None,
-    ) -> list[Piece]:
-        pieces: list[Piece] = []
-        for at in range(0, len(source), self._rows):
-            part = slice(at, at + self._rows)
-            work = asyncio.get_running_loop().run_in_executor(threads, step, source[part], target[part])
-            try:
-                pieces.append(await asyncio.shield(work))
-            except asyncio.CancelledError:
-                abort()
-                while not work.done():
-                    await asyncio.wait({work})
-                work.cancelled() or work.exception()
-                raise
         return pieces
 
     async def verify(self, slots: Slots, sums: Sequence[tuple[int, Sequence[int]]]) -> None:
@@ -122,10 +108,19 @@ class Mover:
         for peer in peers:
             self._thread.submit(self._close, peer.SerializeToString(deterministic=True))
 
-    def _write(self, way: Callable[[], Connection], source: Slots, target: Slots, checksum: bool) -> Piece:
+    def _copy(self, way: Transport, peer: KvPool, source: Slots, target: Slots, checksum: bool) -> Piece:
+        """Over a connection that is kept, unless something goes wrong on it."""
+        name = peer.SerializeToString(deterministic=True)
+        try:
+            return self._write(self._connection(way, peer, name), source, target, checksum)
+        except BaseException:
+            self._close(name)
+            raise
+
+    def _write(self, connection: Connection, source: Slots, target: Slots, checksum: bool) -> Piece:
         begin = time.monotonic_ns()
         try:
-            count = way().write(source, target)
+            count = connection.write(source, target)
         except MeshError:
             raise
         except Exception as error:
@@ -161,6 +156,12 @@ def _drop(connecting: asyncio.Future[Connection]) -> None:
         connection = connecting.result()
         connection.abort()
         connection.close()
+
+
+def _seen(work: asyncio.Future[Piece]) -> None:
+    """A failure that nobody waits for any more is not to be reported as forgotten."""
+    if not work.cancelled():
+        work.exception()
 
 
 def _alone() -> None:

@@ -96,7 +96,7 @@ async def serve(do: Callable[..., Awaitable[Any]]) -> None:
             answer |= {"code": error.code().name, "details": error.details()}
         except MeshError as error:
             answer |= {"code": error.status, "details": str(error)}
-        except Exception as error:
+        except (Exception, asyncio.CancelledError) as error:
             answer |= {"code": type(error).__name__, "details": str(error)}
         print(json.dumps(answer), flush=True)
 

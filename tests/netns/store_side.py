@@ -55,8 +55,10 @@ class StoreSide:
         if what == "cancel":
             return self._sends[store].cancel()
         if what == "locked":
-            await until(lambda: node.stats.locked == fields["count"], fields.get("timeout", 10))
+            await until(lambda: node.stats.locked == fields["count"], 10)
             return node.stats.sending
+        if what == "idle":
+            return await until(lambda: not node.stats.sending, 10)
         if what == "rest":
             await until(lambda: not (node.stats.locked or node.stats.memory_reserved or node.stats.tickets), 10)
             return MessageToDict(node.stats, preserving_proto_field_name=True)

@@ -144,6 +144,11 @@ class Copier:
             stream.error = f"{type(error).__name__}: {error}"
             raise
 
+    def over(self, stream: Stream) -> None:
+        """One of its copies has ended."""
+        self._finished.put(stream)
+        self._wake()
+
     def copy(self, piece: _Piece, way: Callable[[], Connection]) -> bool:
         """One copy; whether it went well. `way` gives the connection."""
         stream = piece.stream
@@ -154,16 +159,15 @@ class Copier:
                 if piece.fence is not None:
                     connection.wait_for(piece.fence)
                 count = connection.write(piece.source, piece.target)
-                stream.pieces += (begin, time.monotonic_ns(), len(piece.source), count)
+                # Else it may have been answered already.
+                if not stream.cancelled:
+                    stream.pieces += (begin, time.monotonic_ns(), len(piece.source), count)
                 if stream.checksum:
                     stream.sums.append(checksum(self._pool, piece.source))
             return True
         except Exception as error:
             stream.error = stream.error or f"{type(error).__name__}: {error}"
             return False
-        finally:
-            self._finished.put(stream)
-            self._wake()
 
 
 class _Shared:
@@ -184,6 +188,7 @@ class _Shared:
             elif isinstance(work, _Piece):
                 if not self._copier.copy(work, lambda stream=work.stream: self._connection(stream)):  # type: ignore[misc]
                     self._close(work.stream.peer)
+                self._copier.over(work.stream)
             else:
                 work()
 
@@ -202,15 +207,16 @@ class _Shared:
 
 
 class _Lane:
-    """The thread of one stream."""
+    """The thread of one stream through a two-sided transport."""
 
     def __init__(self, copier: Copier, stream: Stream) -> None:
         self._copier = copier
         self._stream = stream
         self._work: queue.SimpleQueue[_Piece | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
-        self._connecting = True
         self._connection: Connection | None = None
+        # What the thread copies, until it has ended or nobody waits for that any more.
+        self._current: _Piece | None = None
         threading.Thread(target=self._run, name="kvmesh-send", daemon=True).start()
 
     def put(self, piece: _Piece | None) -> None:
@@ -220,24 +226,27 @@ class _Lane:
             self.abort()
 
     def abort(self) -> None:
-        """Of a stream that is cancelled: ends a write that waits for the peer, and does not wait for connecting."""
+        """Of a stream that is cancelled: all that was submitted is over, whenever the thread finds out.
+
+        It may be connecting, or waiting for a peer that is gone: that is not waited for (Connection.abort).
+        """
         with self._lock:
             connection = self._connection
-            if self._connecting:
-                # Nothing is being written: what was submitted is over, whenever the thread finds out.
-                self._skip()
+            over = [] if self._current is None else [self._current]
+            self._current = None
+            ended = False
+            while not self._work.empty():
+                piece = self._work.get()
+                if piece is None:
+                    ended = True
+                else:
+                    over.append(piece)
+            if ended:
+                self._work.put(None)
+        for piece in over:
+            self._copier.over(piece.stream)
         if connection is not None:
             connection.abort()
-
-    def _skip(self) -> None:
-        ended = False
-        while not self._work.empty():
-            piece = self._work.get()
-            ended = ended or piece is None
-            if piece is not None:
-                self._copier.copy(piece, _no_connection)
-        if ended:
-            self._work.put(None)
 
     def _run(self) -> None:
         _be_nice()
@@ -247,17 +256,29 @@ class _Lane:
             log.info("no connection: %s", error)
             connection = None
         with self._lock:
-            self._connecting = False
             self._connection = connection
-        while (piece := self._work.get()) is not None:
-            # A stream with an error copies nothing; its pieces are counted as finished.
+        while (piece := self._next()) is not None:
+            # A stream with an error copies nothing.
             self._copier.copy(piece, lambda: connection or _no_connection())
+            with self._lock:
+                ours, self._current = self._current is piece, None
+            if ours:
+                self._copier.over(piece.stream)
         with self._lock:
             self._connection = None
         if connection is not None:
             if self._stream.cancelled or self._stream.error:
                 connection.abort()
             connection.close()
+
+    def _next(self) -> _Piece | None:
+        while True:
+            piece = self._work.get()
+            with self._lock:
+                if piece is None or not self._stream.cancelled:
+                    self._current = piece
+                    return piece
+            self._copier.over(piece.stream)
 
 
 def _no_connection() -> Connection:
