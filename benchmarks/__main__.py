@@ -1,17 +1,25 @@
-"""Runs the measurements that are named, or all."""
+"""Runs the measurements that are named, or all but the long ones."""
 
 from __future__ import annotations
 
 import sys
 
-from benchmarks import decisions, overhead, transport
+from benchmarks import decisions, overhead, router, transport
 
-PARTS = {"transport": transport.main, "overhead": overhead.main, "decisions": decisions.main}
+PARTS = {
+    "transport": transport.main,
+    "overhead": overhead.main,
+    "decisions": decisions.main,
+    "router": router.main,
+    "memory": router.soak,
+}
+# Those that take minutes are run only when they are named.
+LONG = ("memory",)
 
 
 def main() -> None:
     """`python -m benchmarks [NAME...]`."""
-    names = sys.argv[1:] or list(PARTS)
+    names = sys.argv[1:] or [name for name in PARTS if name not in LONG]
     if unknown := [name for name in names if name not in PARTS]:
         sys.exit(f"there is no {unknown[0]!r}; there is: {', '.join(PARTS)}")
     for name in names:

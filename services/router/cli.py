@@ -52,7 +52,9 @@ class RouterConfig(ServiceConfig):
 def router(config: RouterConfig) -> None:
     """Runs a router: the mesh's public door, where strategies run."""
     from kvmesh.aio import run, setup_logging
+    from kvmesh.tokenizer import without_torch
     from services.router.main import serve
 
     setup_logging("router", config.log_level)
+    without_torch()
     run(serve(config))

@@ -66,8 +66,11 @@ class Generation(Generating):
         """The next tokens; the last chunk has `finished`. Raises MeshError."""
         while not self._over:
             try:
-                async with asyncio.timeout(END_S if self._finished else None):
+                if not self._finished:
                     message = await self._call.read()
+                else:
+                    async with asyncio.timeout(END_S):
+                        message = await self._call.read()
             except grpc.aio.AioRpcError as error:
                 if not self._finished:
                     self._failed(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import os
 import secrets
@@ -55,6 +56,9 @@ async def serve(config: RouterConfig) -> None:
     """Serves until cancelled. Raises Unavailable when the address cannot be bound or the registry is not there."""
     async with AsyncExitStack() as stack:
         await start(config, stack)
+        # What is there now stays: there is no use in looking through it for garbage again and again.
+        gc.collect()
+        gc.freeze()
         await asyncio.Event().wait()
 
 

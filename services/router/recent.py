@@ -42,9 +42,9 @@ class Record:
     ) -> Callable[[GenerateResponse], Awaitable[object]]:
         """`write`, with an eye on what goes through."""
 
-        async def watched(message: GenerateResponse) -> None:
+        def watched(message: GenerateResponse) -> Awaitable[object]:
             self._see(message)
-            await write(message)
+            return write(message)
 
         return watched
 
