@@ -511,8 +511,8 @@ async def test_an_end_at_every_stage_of_a_write(point, free, how):
     """Until the sender's runtime has stopped, the slots are nobody's; then they are free."""
     async with two() as (p, d):
         gate, stopping = p.runtime.gate(point, free), p.runtime.gate("stopping")
-        ticket = await d.prepare(PROMPT, ttl_ms=150 if how == "expired" else 60_000)
-        call = p.send(PROMPT, ticket, timeout=0.15 if how == "late" else 20)
+        ticket = await d.prepare(PROMPT, ttl_ms=500 if how == "expired" else 60_000)
+        call = p.send(PROMPT, ticket, timeout=0.5 if how == "late" else 20)
         await gate.reached()
         if how == "cancelled":
             call.cancel()
@@ -546,7 +546,7 @@ async def test_an_end_while_the_receiver_publishes(point, how):
     async with two() as (p, d):
         gate = d.runtime.gate(point)
         ticket = await d.prepare(PROMPT)
-        call = p.send(PROMPT, ticket, timeout=0.15 if how == "late" else 20)
+        call = p.send(PROMPT, ticket, timeout=0.5 if how == "late" else 20)
         await gate.reached()
         if how == "released":
             assert await d.release(ticket) is True
