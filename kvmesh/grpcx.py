@@ -49,8 +49,6 @@ _COMMON: list[tuple[str, int]] = [
 ]
 _SERVER = [
     *_COMMON,
-    # Two servers on one port would share its calls.
-    ("grpc.so_reuseport", 0),
     ("grpc.http2.min_ping_interval_without_data_ms", 5000),
     ("grpc.http2.max_ping_strikes", 0),
 ]
@@ -189,12 +187,18 @@ class Server:
     """A gRPC server with health checking and reflection, bound to `listen` when it is made.
 
     `register` adds the services, `names` are their full names; `access` says who may call. `address` is where it
-    listens, also for port 0. Make it in a running event loop. Raises InvalidArgument for a `listen` that is no
-    HOST:PORT, Unavailable when it is taken.
+    listens, also for port 0. Make it in a running event loop. Other processes may listen there too if all are
+    `shared`. Raises InvalidArgument for a `listen` that is no HOST:PORT, Unavailable when it is taken.
     """
 
     def __init__(
-        self, listen: str, register: Callable[[Any], object], names: Sequence[str], access: Access | None = None
+        self,
+        listen: str,
+        register: Callable[[Any], object],
+        names: Sequence[str],
+        access: Access | None = None,
+        *,
+        shared: bool = False,
     ) -> None:
         import grpc.aio
         from grpc_health.v1 import health_pb2, health_pb2_grpc
@@ -210,8 +214,9 @@ class Server:
         self._health = Health(["", *names])
         _keep_engine()
         gates = [] if access.guard is None else [Gate(access.guard, _refuse)]
-        options = [*_SERVER, ("grpc.max_receive_message_length", access.message_bytes)]
-        self._server = grpc.aio.server(options=options, interceptors=gates)
+        # Two servers on one port share its connections.
+        own = [("grpc.max_receive_message_length", access.message_bytes), ("grpc.so_reuseport", int(shared))]
+        self._server = grpc.aio.server(options=[*_SERVER, *own], interceptors=gates)
         self._started = False
         register(self._server)
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)

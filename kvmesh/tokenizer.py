@@ -117,6 +117,9 @@ class Tokenizers:
         return task.result()
 
     async def _load(self, path: str) -> Tokenizer | None:
+        if not path:
+            log.info("the model has no folder: token prompts only")
+            return None
         try:
             started = time.monotonic()
             tokenizer = await asyncio.to_thread(_load_from, path)
@@ -154,7 +157,7 @@ def _library() -> Any:
 
 
 def _load_from(path: str) -> Tokenizer:
-    if not path or not Path(path).is_dir():
+    if not Path(path).is_dir():
         raise FileNotFoundError(f"{path!r} is not a folder here")
     if (library := _library()) is None:
         raise ModuleNotFoundError("transformers is not installed")

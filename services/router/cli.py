@@ -33,6 +33,7 @@ class RouterConfig(ServiceConfig):
     api_keys: str = setting("", "File of API keys: callers need one of them. See docs/security.md. [default: none]")
     client_certs: bool = setting(True, "With TLS: callers over gRPC have to show a certificate of the CA.")
     trace_prompts: bool = setting(False, "Put the beginning of each prompt into its trace.")
+    workers: int = setting(1, "Processes that serve together on one port; each has the limits above to itself.")
     wait_engines: int = setting(0, "Report ready only once so many engines are connected.")
 
     def __post_init__(self) -> None:
@@ -45,6 +46,8 @@ class RouterConfig(ServiceConfig):
         for name in ("max_running", "max_running_tokens", "max_waiting", "max_prompt_tokens", "wait_engines"):
             if (value := getattr(self, name)) < 0:
                 raise InvalidArgument(f"{name} = {value} is negative")
+        if not 1 <= self.workers <= 256:
+            raise InvalidArgument(f"workers = {self.workers} is not between 1 and 256")
 
 
 @click.command()
@@ -53,8 +56,14 @@ def router(config: RouterConfig) -> None:
     """Runs a router: the mesh's public door, where strategies run."""
     from kvmesh.aio import run, setup_logging
     from kvmesh.tokenizer import without_torch
-    from services.router.main import serve
 
     setup_logging("router", config.log_level)
+    if config.workers > 1:
+        from services.router import workers
+
+        run(workers.serve(config))
+        return
+    from services.router import main
+
     without_torch()
-    run(serve(config))
+    run(main.serve(config))

@@ -77,6 +77,8 @@ class Door:
         self.trace_prompts = False
         # Called with each request that is over.
         self.on_end: Callable[[Record], None] = lambda record: None
+        # Called with the numbers of those running and waiting, soon after each change; for who shares them.
+        self.on_change: Callable[[int, int], None] | None = None
 
     @property
     def running(self) -> int:
@@ -97,6 +99,7 @@ class Door:
         """
         received = time.monotonic()
         request_id = self._admit(request.request_id)
+        self._changed()
         record = self.recent.begin(request_id)
         span = self._tracer.start_span("router.generate", context=extract(metadata), kind=SpanKind.SERVER)
         try:
@@ -113,8 +116,14 @@ class Door:
             raise
         finally:
             self._running.discard(request_id)
+            self._changed()
             span.end()
             self.on_end(record)
+
+    def _changed(self) -> None:
+        if self.on_change is not None:
+            # In a moment: a request that has come may be among those waiting by then.
+            asyncio.get_running_loop().call_soon(lambda: self.on_change and self.on_change(self.running, self.waiting))
 
     def model_name(self, model: str) -> str:
         """The name of the model meant; empty means the only one. Raises MeshError."""
@@ -183,6 +192,7 @@ class Door:
         asked = max_new_tokens(request.sampling, prompt.model.context_length, len(prompt.token_ids))
         cost = len(prompt.token_ids) + asked
         async with self._admission.entered(request.tenant, request.priority, cost, deadline):
+            self._changed()
             await self._serve(job, choice, prompt, write)
 
     async def _serve(self, job: Job, choice: Choice, prompt: Prompt, write: Write) -> None:

@@ -42,6 +42,7 @@ from services.router.operator import OperatorService
 from services.router.runtime import Runtime
 from services.router.service import NAME, RouterService
 from services.router.storelink import StoreLinks
+from services.router.tally import Tally
 from services.router.view import MeshView
 
 log = logging.getLogger(__name__)
@@ -56,14 +57,21 @@ async def serve(config: RouterConfig) -> None:
     """Serves until cancelled. Raises Unavailable when the address cannot be bound or the registry is not there."""
     async with AsyncExitStack() as stack:
         await start(config, stack)
-        # What is there now stays: there is no use in looking through it for garbage again and again.
-        gc.collect()
-        gc.freeze()
+        settle()
         await asyncio.Event().wait()
 
 
-async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
-    """Starts a router that `stack` stops; returns when it is ready. Raises MeshError."""
+def settle() -> None:
+    """What is there now stays: there is no use in looking through it for garbage again and again."""
+    gc.collect()
+    gc.freeze()
+
+
+async def start(config: RouterConfig, stack: AsyncExitStack, tally: Tally | None = None) -> Server:
+    """Starts a router that `stack` stops; returns when it is ready. Raises MeshError.
+
+    With a `tally` it is one of several workers, which share its ports.
+    """
     keys = ApiKeys(config.api_keys) if config.api_keys else None
     tls, limit = config.tls(), parse_size(config.max_message, "max_message")
     connect = connector(tls)
@@ -95,7 +103,9 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
     background = Tasks()
     stack.push_async_callback(background.close)
     operator = OperatorService(ContextMover(view, telemetry.tracer, background), draining, door)
-    service = RouterService(endpoint, view, board, door, lambda: watch.connected, folder)
+    if tally is not None:
+        door.on_change = tally.put
+    service = RouterService(endpoint, view, board, door, lambda: watch.connected, folder, tally)
     RouterMetrics(await stack.enter_async_context(page("router", endpoint.name, config)), door, view)
 
     def register(server: Any) -> None:
@@ -103,7 +113,7 @@ async def start(config: RouterConfig, stack: AsyncExitStack) -> Server:
         add_OperatorServicer_to_server(operator, server)
 
     access = Access(tls, config.client_certs, None if keys is None else KeyGuard(keys), limit)
-    server = Server(config.listen, register, [NAME, OPERATOR], access)
+    server = Server(config.listen, register, [NAME, OPERATOR], access, shared=tally is not None)
     stack.push_async_callback(server.stop)
     endpoint.address = config.advertise or server.address
     await server.start()
@@ -151,7 +161,8 @@ async def _http(
 
     traces = [Path(config.trace_dir) if config.trace_dir else home() / "traces"]
     app = make_app(door, view, service, traces, keys, parse_size(config.max_message, "max_message"))
-    address = await stack.enter_async_context(serving(config.http, app, config.tls_cert, config.tls_key))
+    door_open = serving(config.http, app, config.tls_cert, config.tls_key, shared=config.workers > 1)
+    address = await stack.enter_async_context(door_open)
     log.info("HTTP on %s://%s", "https" if config.tls_ca else "http", address)
     if config.announce:
         announce(f"{config.announce}.http", address)

@@ -17,6 +17,7 @@ from services.router.board import StrategyBoard, describe
 from services.router.door import REQUEST_S, Door
 from services.router.folder import StrategyFolder
 from services.router.lineup import Guard
+from services.router.tally import Tally
 from services.router.view import MeshView
 
 NAME = "kvmesh.v1.Router"
@@ -24,7 +25,10 @@ Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class RouterService(router_pb2_grpc.RouterServicer):
-    """kvmesh.v1.Router. What it is given stays its giver's; `registry_connected` tells whether the registry answers."""
+    """kvmesh.v1.Router. What it is given stays its giver's; `registry_connected` tells whether the registry answers.
+
+    With a `tally` it tells the numbers of all workers.
+    """
 
     def __init__(
         self,
@@ -34,6 +38,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         door: Door,
         registry_connected: Callable[[], bool],
         folder: StrategyFolder | None = None,
+        tally: Tally | None = None,
     ) -> None:
         self._endpoint = endpoint
         self._view = view
@@ -41,6 +46,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
         self._door = door
         self._registry_connected = registry_connected
         self._folder = folder
+        self._tally = tally
 
     @rpc
     async def Generate(self, request: pb.GenerateRequest, context: Context) -> None:  # type: ignore[override]
@@ -85,6 +91,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
     def mesh(self) -> pb.GetMeshResponse:
         """What GetMesh answers."""
         now = time.monotonic()
+        running, waiting = (self._door.running, self._door.waiting) if self._tally is None else self._tally.sums
         engines = [
             pb.MeshEngine(
                 member=link.member,
@@ -100,8 +107,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
             engines=engines,
             strategy=self._board.current.message(),
             registry_connected=self._registry_connected(),
-            running_requests=self._door.running,
-            waiting_requests=self._door.waiting,
+            running_requests=running,
+            waiting_requests=waiting,
             router=self._endpoint,
             stores=self._view.stores.describe(now),
         )

@@ -47,6 +47,10 @@ def _serve(kind: str, fields: dict[str, Any]) -> Coroutine[Any, Any, None]:
         from services.engine.main import serve as engine
 
         return engine(EngineConfig(**fields))
+    if kind == "routers":
+        from services.router.workers import serve as routers
+
+        return routers(RouterConfig(**fields))
     if kind == "router":
         from services.router.main import serve as router
 
@@ -99,7 +103,8 @@ class SimProcesses(Harness):
     async def start_router_process(self, name: str, **settings: Any) -> str:
         """A router that is a process; its address, once it is ready."""
         fields = {"name": name, "registry": self.registry_address, "listen": "127.0.0.1:0", "trace_ratio": 0.0}
-        address = await self.spawn("router", name, asdict(RouterConfig(**{**fields, **settings})))
+        config = RouterConfig(**{**fields, **settings})
+        address = await self.spawn("routers" if config.workers > 1 else "router", name, asdict(config))
         await wait_serving(address, START_S)
         return address
 

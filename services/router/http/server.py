@@ -101,8 +101,13 @@ class _Server(uvicorn.Server):
 
 
 @contextlib.asynccontextmanager
-async def serving(listen: str, app: Any, certificate: str = "", key: str = "") -> AsyncIterator[str]:
-    """Serves `app`, over TLS with the PEM files given; the address. Raises Unavailable when it cannot be bound."""
+async def serving(
+    listen: str, app: Any, certificate: str = "", key: str = "", shared: bool = False
+) -> AsyncIterator[str]:
+    """Serves `app`, over TLS with the PEM files given; the address. Others may share it if `shared`.
+
+    Raises Unavailable when it cannot be bound.
+    """
     host, port = split_address(listen)
     if not certificate and not loopback(host):
         log.warning("%s is not loopback, and there is no TLS: what is sent there can be read on the way", listen)
@@ -110,6 +115,8 @@ async def serving(listen: str, app: Any, certificate: str = "", key: str = "") -
     bound = socket.socket(family)
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if shared:
+            bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEPORT, 1)
         bound.bind((host, port))
     except OSError as error:
         bound.close()
