@@ -76,6 +76,7 @@ def mesh_page(mesh: pb.GetMeshResponse, address: str, ended: Sequence[str]) -> G
         Text(f"router    {mesh.router.name or '?'} at {address}, {mesh.running_requests} requests running"),
         Text("registry  ").append(registry),
         Text(f"strategy  {choice_line(mesh.strategy)}"),
+        *([Text(f"trial     {choice_line(mesh.trial)}", style="yellow")] if mesh.HasField("trial") else []),
         *(Text(f"model     {line}") for line in _models(mesh)),
         *(Text(f"ended     {line}", style="red") for line in ended),
         Text(""),

@@ -90,7 +90,7 @@ class RouterService(router_pb2_grpc.RouterServicer):
 
     def mesh(self) -> pb.GetMeshResponse:
         """What GetMesh answers."""
-        now = time.monotonic()
+        now, now_serving = time.monotonic(), self._board.lineup
         running, waiting = (self._door.running, self._door.waiting) if self._tally is None else self._tally.sums
         engines = [
             pb.MeshEngine(
@@ -105,7 +105,8 @@ class RouterService(router_pb2_grpc.RouterServicer):
         ]
         return pb.GetMeshResponse(
             engines=engines,
-            strategy=self._board.current.message(),
+            strategy=now_serving.main.message(),
+            trial=None if now_serving.trial is None else now_serving.trial.message(),
             registry_connected=self._registry_connected(),
             running_requests=running,
             waiting_requests=waiting,

@@ -11,6 +11,8 @@ from fake_engine import answer
 from kvmesh_http import TEXT
 
 from kvmesh.errors import FailedPrecondition, ResourceExhausted, Unavailable
+from kvmesh.v1 import router_pb2 as pb
+from services.router.door import Door
 
 PROMPT = list(TEXT.encode())
 
@@ -115,6 +117,33 @@ async def test_strategy_by_body_and_by_header(door):
     assert door.mesh.engines[0].requests("RemoteSend")[1].end == 49
 
 
+async def test_session_tenant_and_priority_by_body_and_by_header(door, monkeypatch):
+    seen = []
+    generate = Door.generate
+
+    async def noted(self, request, *rest):
+        seen.append((request.session, request.tenant, pb.Priority.Name(request.priority)))
+        await generate(self, request, *rest)
+
+    monkeypatch.setattr(Door, "generate", noted)
+    extra = {"session": "s-1", "tenant": "t-1", "priority": "high"}
+    await door.openai.completions.create(model="fake", prompt=TEXT, max_tokens=2, extra_body=extra)
+    headers = {"x-kvmesh-session": "s-2", "x-kvmesh-priority": "LOW"}
+    await door.openai.chat.completions.create(
+        model="fake",
+        messages=[{"role": "user", "content": "hi"}],
+        max_tokens=2,
+        extra_body=extra,
+        extra_headers=headers,
+    )
+    await door.openai.completions.create(model="fake", prompt=TEXT, max_tokens=2)
+    assert seen == [
+        ("s-1", "t-1", "PRIORITY_HIGH"),
+        ("s-2", "t-1", "PRIORITY_LOW"),
+        ("", "", "PRIORITY_UNSPECIFIED"),
+    ]
+
+
 async def test_request_id_and_trace_are_taken_and_given_back(door):
     trace = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     body = {"model": "fake", "prompt": TEXT, "max_tokens": 2}
@@ -153,6 +182,8 @@ async def test_request_id_and_trace_are_taken_and_given_back(door):
         ({"json_schema": "{"}, 400, "json_schema is not JSON"),
         ({"tools": [{"type": "function"}]}, 400, "tools"),
         ({"seed": 2**40}, 400, "seed"),
+        ({"priority": "urgent"}, 400, "priority = 'urgent' is not low, normal or high"),
+        ({"session": "s" * 300}, 400, "session"),
         ({"stop": [""]}, 400, "stop"),
     ],
 )

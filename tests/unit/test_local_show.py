@@ -118,6 +118,15 @@ def test_an_empty_mesh_and_a_registry_that_is_away_are_told():
     assert "no engines" in text and "not reached: this is what was last known" in text
 
 
+def test_a_trial_is_told():
+    page = mesh()
+    assert "trial" not in drawn(mesh_page(page, "x:1", []))
+    page.trial.name, page.trial.revision, page.trial.share_percent = "prefill_decode", 7, 10
+    assert "trial     prefill_decode (revision 7, on trial for 10 % of the sessions)" in drawn(
+        mesh_page(page, "x:1", [])
+    )
+
+
 def test_a_narrow_terminal_loses_no_number():
     page = mesh()
     engine = page.engines.add(connected=True)

@@ -182,6 +182,7 @@ async def test_a_conversation_stays_on_its_side_on_every_router(h):
     trial = await change(h.router, "prefill_decode", share_percent=30)
     assert (trial.name, trial.share_percent, trial.revision) == ("prefill_decode", 30, 1)
     await until(second, lambda now: now.HasField("trial"))
+    assert (await second.GetMesh(router_pb2.GetMeshRequest(), timeout=5)).trial == trial
     sides = {}
     for session in map(str, range(30)):
         r = await h.generate(PROMPT, 2, session=session)

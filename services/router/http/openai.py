@@ -9,7 +9,7 @@ from collections.abc import AsyncGenerator, Sequence
 from contextlib import aclosing
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Header, Request, Response
+from fastapi import APIRouter, Depends, Header, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 
 from kvmesh.errors import Internal, InvalidArgument, MeshError
@@ -17,12 +17,12 @@ from kvmesh.v1.common_pb2 import FINISH_REASON_LENGTH, GenerateUsage
 from kvmesh.v1.router_pb2 import GenerateDelta, GenerateDone, GenerateRequest
 from services.router.door import Door
 from services.router.http.errors import error_object
-from services.router.http.requests import ChatRequest, Common, CompletionRequest
+from services.router.http.requests import ChatRequest, Common, CompletionRequest, Headers
 from services.router.http.stream import Event, events, unless_disconnected
 from services.router.view import MeshView
 
 RequestId = Annotated[str, Header(alias="x-request-id")]
-Strategy = Annotated[str, Header(alias="x-kvmesh-strategy")]
+Own = Annotated[Headers, Depends()]
 Trace = Annotated[str, Header(alias="traceparent")]
 DEFAULT_TOKENS = 16
 # Of one HTTP request.
@@ -52,8 +52,8 @@ class OpenAi:
         self,
         body: CompletionRequest,
         http: Request,
+        headers: Own,
         request_id: RequestId = "",
-        strategy: Strategy = "",
         trace: Trace = "",
     ) -> Response:
         """Text goes on. Several prompts, and `n`, make several choices."""
@@ -65,7 +65,7 @@ class OpenAi:
             raise InvalidArgument(f"prompt: {len(prompts)} prompts make {count} choices, at most {MOST_GENERATIONS}")
         for prompt in prompts:
             for choice in range(body.n or 1):
-                request = call.add(body.sampling(limit, body.logprobs not in (None, False), choice), strategy)
+                request = call.add(body.sampling(limit, body.logprobs not in (None, False), choice), headers)
                 if isinstance(prompt, str):
                     request.text = prompt
                 else:
@@ -73,7 +73,7 @@ class OpenAi:
         return await self._answer(call, http, trace)
 
     async def chat(
-        self, body: ChatRequest, http: Request, request_id: RequestId = "", strategy: Strategy = "", trace: Trace = ""
+        self, body: ChatRequest, http: Request, headers: Own, request_id: RequestId = "", trace: Trace = ""
     ) -> Response:
         """A conversation goes on, by the model's own chat template."""
         body.refuse()
@@ -81,7 +81,7 @@ class OpenAi:
         prompt = await self._door.chat_prompt(body.model, body.texts())
         call = Call("chatcmpl", "chat.completion", body, request_id)
         for choice in range(body.n or 1):
-            _set_tokens(call.add(body.sampling(limit, bool(body.logprobs), choice), strategy), prompt)
+            _set_tokens(call.add(body.sampling(limit, bool(body.logprobs), choice), headers), prompt)
         return await self._answer(call, http, trace)
 
     async def _answer(self, call: Call, http: Request, trace: str) -> Response:
@@ -152,11 +152,11 @@ class Call:
         self._created = int(time.time())
         self._choices: dict[int, _Choice] = {}
 
-    def add(self, sampling: Any, strategy: str) -> GenerateRequest:
+    def add(self, sampling: Any, headers: Headers) -> GenerateRequest:
         """One more generation; the caller sets its prompt."""
         number = len(self.requests)
         own = self._request_id if not number else f"{self._request_id}.{number}"
-        request = self.body.generate(sampling, own, strategy)
+        request = self.body.generate(sampling, own, headers)
         self.requests.append(request)
         self._choices[number] = _Choice()
         return request

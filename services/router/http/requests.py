@@ -6,13 +6,15 @@ What this server cannot do is refused by name, unless it is asked for in a form 
 from __future__ import annotations
 
 import json
-from typing import Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
+from fastapi import Header
 from pydantic import BaseModel, ConfigDict, Field
 
 from kvmesh.errors import InvalidArgument
 from kvmesh.v1.common_pb2 import SamplingParams
-from kvmesh.v1.router_pb2 import GenerateRequest
+from kvmesh.v1.router_pb2 import PRIORITY_UNSPECIFIED, GenerateRequest, Priority
 
 MOST_CHOICES = 32
 # Asked for in OpenAI's API, not served; with the values that ask for nothing.
@@ -25,6 +27,16 @@ _REFUSED: dict[str, tuple[Any, ...]] = {
     "top_logprobs": (None, 0),
     "audio": (None,),
 }
+
+
+@dataclass(frozen=True)
+class Headers:
+    """kvmesh's own headers; the same can be said in the body."""
+
+    strategy: Annotated[str, Header(alias="x-kvmesh-strategy")] = ""
+    session: Annotated[str, Header(alias="x-kvmesh-session")] = ""
+    tenant: Annotated[str, Header(alias="x-kvmesh-tenant")] = ""
+    priority: Annotated[str, Header(alias="x-kvmesh-priority")] = ""
 
 
 class Common(BaseModel):
@@ -56,6 +68,9 @@ class Common(BaseModel):
     ebnf: str | None = None
     strategy: str = Field("", description="Strategy for this request; empty: the one in force.")
     strategy_params: dict[str, Any] = Field(default_factory=dict)
+    session: str = Field("", description="The conversation that this belongs to.")
+    tenant: str = Field("", description="On whose account: tenants that wait have equal shares.")
+    priority: str = Field("", description="low, normal or high.")
 
     def refuse(self) -> None:
         """Raises InvalidArgument for what is not served."""
@@ -123,10 +138,16 @@ class Common(BaseModel):
             raise InvalidArgument(f"only one of {', '.join(given)} can be asked for")
         return {"json_schema" if field == "response_format" else field: form for field, form in given.items()}
 
-    def generate(self, sampling: SamplingParams, request_id: str, strategy: str) -> GenerateRequest:
-        """The router's request, without a prompt. `strategy` of a header goes before that of the body."""
+    def generate(self, sampling: SamplingParams, request_id: str, headers: Headers) -> GenerateRequest:
+        """The router's request, without a prompt. What a header says goes before the body."""
         request = GenerateRequest(
-            request_id=request_id, sampling=sampling, strategy=strategy or self.strategy, model=self.model
+            request_id=request_id,
+            sampling=sampling,
+            strategy=headers.strategy or self.strategy,
+            model=self.model,
+            session=headers.session or self.session,
+            tenant=headers.tenant or self.tenant,
+            priority=_priority(headers.priority or self.priority),
         )
         for name, value in self.strategy_params.items():
             request.strategy_params[name] = str(value).lower() if isinstance(value, bool) else str(value)
@@ -175,6 +196,13 @@ class ChatRequest(Common):
         if not self.messages:
             raise InvalidArgument("messages is empty")
         return [{**m, "content": _text(i, m.get("content"))} for i, m in enumerate(self.messages)]
+
+
+def _priority(name: str) -> Priority.ValueType:
+    try:
+        return Priority.Value(f"PRIORITY_{name.upper()}") if name else PRIORITY_UNSPECIFIED
+    except ValueError:
+        raise InvalidArgument(f"priority = {name[:100]!r} is not low, normal or high") from None
 
 
 def _schema(response_format: dict[str, Any]) -> str:
