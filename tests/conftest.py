@@ -7,4 +7,4 @@ os.environ.setdefault("GRPC_VERBOSITY", "ERROR")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--kills", type=int, default=0, help="seeds of the kill campaign on real engines; 0: not run")
+    parser.addoption("--kills", default="", help="seeds of the kill campaign on real engines, as N or FIRST:END")

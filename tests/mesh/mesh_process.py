@@ -199,7 +199,7 @@ class RunningMesh:
     async def restart_beside(self, name: str) -> None:
         """As start_beside, while the event loop goes on."""
         announced, process, log = self._engine_beside(name)
-        async with asyncio.timeout(START_S):
+        async with asyncio.timeout(2 * START_S):
             while not announced.exists():
                 assert process.poll() is None, log.read_text()[-4000:]
                 await asyncio.sleep(0.1)

@@ -1,4 +1,4 @@
-"""The kill campaign on real engines: `make campaign`, or pytest --kills SEEDS."""
+"""The kill campaign on real engines: `make campaign`, or pytest --kills SEEDS, or --kills FIRST:END for some seeds."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from hf_reference import Comparison
-from kill_campaign import STAGES, STRATEGY_DIR, campaign
+from kill_campaign import STAGES, STRATEGY_DIR, Tally, campaign
 from kill_field import MeshField
 from mesh_process import RunningMesh, running
 
@@ -26,18 +26,20 @@ async def test_every_stage_with_every_seed(
     tmp_path: Path,
     note: Callable[[str], None],
 ) -> None:
-    seeds = pytestconfig.getoption("kills")
-    if not seeds:
+    if not (asked := pytestconfig.getoption("kills")):
         pytest.skip("only with --kills SEEDS: make campaign")
+    first, _, last = asked.rpartition(":")
+    seeds = range(int(first or 0), int(last))
+    tally = Tally()
     arguments = ["--engines", "3", "--kv-tokens", "12288", "--trace-ratio", "0", "--strategy-dir", str(STRATEGY_DIR)]
     meshes = running(RunningMesh(mesh_home, "campaign", model, arguments))
     mesh = next(meshes)
     try:
         async with AsyncClient(mesh.address("router")) as client:
             field = MeshField(mesh, client, comparison, tmp_path)
-            tally = await campaign(field, range(seeds), limit_s=seeds * len(STAGES) * KILL_S)
+            await campaign(field, seeds, tally, limit_s=len(seeds) * len(STAGES) * KILL_S)
     finally:
+        note(tally.line())
         for _ in meshes:
             pass
-    note(tally.line())
-    assert all(tally.kills[stage] == seeds for stage in STAGES)
+    assert all(tally.kills[stage] == len(seeds) for stage in STAGES)

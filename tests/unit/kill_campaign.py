@@ -249,19 +249,20 @@ class Waiting:
             self._task = None
 
 
-async def campaign(f: Field, seeds: Sequence[int], stages: Sequence[str] = STAGES, limit_s: float = 3600.0) -> Tally:
+async def campaign(
+    f: Field, seeds: Sequence[int], tally: Tally, stages: Sequence[str] = STAGES, limit_s: float = 3600.0
+) -> None:
     """All stages with all seeds, in turns; ends early when `limit_s` is over. Every kill's streams are checked."""
-    tally, waiting = Tally(), Waiting(f)
+    waiting = Waiting(f)
     deadline = time.monotonic() + limit_s
     try:
         for seed in seeds:
             for stage in stages:
                 if time.monotonic() > deadline:
-                    return tally
+                    return
                 await waiting.enough(2)
                 victim = await one_kill(f, Plan.of(stage, seed, f), tally)
                 await waiting.begin(victim)
     finally:
         await waiting.over()
     await f.at_rest(f.engines)
-    return tally

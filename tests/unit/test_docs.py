@@ -38,6 +38,16 @@ def test_the_strategy_in_the_readme_is_the_one_that_runs():
     assert snippet in (REPO / "services" / "router" / "strategies" / "prefill_decode.py").read_text()
 
 
+def test_the_paper_s_strategies_are_those_that_run_and_short():
+    page = (REPO / "docs" / "strategies.md").read_text()
+    part = page[page.index("## The paper's strategies") : page.index("## One of your own")]
+    shown = {re.search(r"async def (\w+)", text)[1]: text for _, text in FENCE.findall(part)}
+    assert set(shown) == {"data_parallel", "prefill_decode", "balanced_prefill_decode", "context_migration"}
+    for name, text in shown.items():
+        assert text in (REPO / "services" / "router" / "strategies" / f"{name}.py").read_text()
+        assert len(text.splitlines()) < 15, name
+
+
 @pytest.mark.parametrize("line", commands())
 def test_every_command_is_one_that_parses(line):
     words = shlex.split(line, comments=True)[1:]

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from kill_campaign import STAGES, STRATEGY_DIR, Field, campaign
+from kill_campaign import STAGES, STRATEGY_DIR, Field, Tally, campaign
 from sim_harness import reference
 from sim_processes import SimProcesses
 
@@ -56,5 +56,5 @@ async def test_a_stage_with_all_seeds(tmp_path: Path, stage: str) -> None:
     mesh = SimProcesses(3, tmp=tmp_path)
     mesh.router_settings = {"strategy_dir": str(STRATEGY_DIR), "trace_ratio": 0.0}
     async with mesh, AsyncClient(mesh.servers[0].address) as client:
-        tally = await campaign(SimField(mesh, client), range(SEEDS), [stage])
+        await campaign(SimField(mesh, client), range(SEEDS), tally := Tally(), [stage])
     assert tally.kills[stage] == SEEDS and tally.met[stage] >= SEEDS // 4

@@ -22,9 +22,8 @@ def holder_of(request: Request, mesh: Mesh, least: int) -> tuple[Engine, int]:
 async def context_migration(request: Request, mesh: Mesh, *, slack: Tokens = 2048, least: Tokens = 64) -> Chunks:
     """Where the context is; moves `least` tokens of it or more when another engine has `slack` tokens less work."""
     holder, held = holder_of(request, mesh, least)
-    engine = mesh.least_loaded()
-    if holder.load.work <= engine.load.work + slack:
-        engine = holder
+    lightest = mesh.least_loaded()
+    engine = holder if holder.load.work <= lightest.load.work + slack else lightest
     ticket = None
     if engine is not holder and held >= least:
         ticket = await engine.prep_recv(request.token_ids, end=min(held, len(request.token_ids) - 1))
