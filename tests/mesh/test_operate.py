@@ -8,10 +8,9 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import running
 from direct import DirectEngine
 from hf_reference import Comparison
-from mesh_process import RunningMesh
+from mesh_process import RunningMesh, running
 from prompts import prompt
 
 from kvmesh.client import AsyncClient

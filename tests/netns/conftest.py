@@ -58,6 +58,8 @@ def engines(wire: Wire, model: Path, tmp_path_factory: pytest.TempPathFactory) -
         yield both
     finally:
         for side in both:
+            side.terminate()
+        for side in both:
             side.stop()
     for side in both:
         assert "Traceback" not in side.log, side.log[-6000:]

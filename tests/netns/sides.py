@@ -49,10 +49,11 @@ class Side:
     def ready(self) -> None:
         """Returns when it serves."""
         deadline = time.monotonic() + START_S
-        while b"ready" not in (said := self._log.read_bytes()):
+        address = self._folder / "address"
+        while b" ready\n" not in (said := self._log.read_bytes()) or not address.exists():
             assert self._engine.poll() is None and time.monotonic() < deadline, said[-4000:].decode(errors="replace")
             time.sleep(0.1)
-        self.address = (self._folder / "address").read_text().strip()
+        self.address = address.read_text().strip()
 
     async def speak(self) -> None:
         """Starts the program that calls the engine."""
@@ -67,10 +68,14 @@ class Side:
         """Ends that program."""
         await self._speaker.kill()
 
-    def stop(self) -> None:
-        """Ends the engine, and all it has started."""
+    def terminate(self) -> None:
+        """Asks the engine to end."""
         with suppress(ProcessLookupError):
             self._engine.terminate()
+
+    def stop(self) -> None:
+        """Ends the engine, and all it has started."""
+        self.terminate()
         try:
             self._engine.wait(30)
         except subprocess.TimeoutExpired:

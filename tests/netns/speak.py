@@ -32,14 +32,16 @@ class Speaker:
         if what == "info":
             return MessageToDict(engine.info, preserving_proto_field_name=True)
         if what == "prepare":
-            ticket = await engine.prepare(fields["tokens"], ttl_ms=fields.get("ttl_ms", 30_000))
+            ticket = await engine.prepare(fields["tokens"], fields.get("end", -1), ttl_ms=fields.get("ttl_ms", 30_000))
             return [ticket.SerializeToString().hex(), ticket.matched, ticket.end]
         if what == "release":
             return await engine.release(Ticket.FromString(bytes.fromhex(fields["ticket"])))
         if what == "send":
             ticket = Ticket.FromString(bytes.fromhex(fields["ticket"]))
-            report = await engine.send(fields["tokens"], ticket)
-            return MessageToDict(report, preserving_proto_field_name=True)
+            self._sending = engine.send(fields["tokens"], ticket)
+            return MessageToDict(await self._sending, preserving_proto_field_name=True)
+        if what == "cancel":
+            return self._sending.cancel()
         if what == "generate":
             ticket = Ticket.FromString(bytes.fromhex(fields["ticket"])) if "ticket" in fields else None
             result = await engine.generate(fields["tokens"], ticket, max_new_tokens=fields["max_new"])
