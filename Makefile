@@ -8,7 +8,7 @@ TESTS ?=
 SEEDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: campaign cluster help setup demo test lint types check format proto docs bench figures clean
+.PHONY: campaign cluster fuzz help setup demo test lint types check format proto docs bench figures clean
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -24,6 +24,14 @@ test: setup ## Runs all tests; TESTS=tests/unit runs some.
 
 campaign: setup ## Kills real engines at every stage of a request, SEEDS times each; 20 seeds take about half an hour.
 	@$(PY) -m pytest tests/mesh/test_kills.py --kills $(SEEDS)
+
+FUZZ ?= 120
+FUZZ_VENV := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvmesh/fuzz
+
+fuzz: setup ## Fuzzes both doors and every gRPC method for FUZZ seconds each; schemathesis is fetched on first use.
+	@test -x $(FUZZ_VENV)/bin/schemathesis || { $(PYTHON) -m venv $(FUZZ_VENV) && \
+		$(FUZZ_VENV)/bin/pip install --quiet --disable-pip-version-check schemathesis==4.32.5; }
+	@$(PY) -m pytest -s tests/unit/test_fuzz_grpc.py tests/unit/test_fuzz_http.py --fuzz-seconds $(FUZZ)
 
 lint: setup ## Looks over the code with ruff.
 	@$(PY) -m ruff check .

@@ -206,6 +206,7 @@ class Server:
 
         from kvmesh.guard import Access, Gate
         from kvmesh.health import Health
+        from kvmesh.parsing import Careful
 
         access = access or Access()
 
@@ -218,7 +219,7 @@ class Server:
         own = [("grpc.max_receive_message_length", access.message_bytes), ("grpc.so_reuseport", int(shared))]
         self._server = grpc.aio.server(options=[*_SERVER, *own], interceptors=gates)
         self._started = False
-        register(self._server)
+        register(Careful(self._server, _refuse))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         health = health_pb2.DESCRIPTOR.services_by_name["Health"].full_name
         reflection.enable_server_reflection([*names, health, reflection.SERVICE_NAME], self._server)
@@ -289,7 +290,7 @@ async def _refuse(method: Callable[..., Any], context: Any, error: Exception) ->
     if isinstance(error, grpc.aio.AbortError):
         raise error
     if not isinstance(error, MeshError):
-        if context.cancelled():
+        if context.cancelled() or isinstance(error, grpc.aio.InternalError):
             # What writing to a caller that is gone raises is of no interest to anybody.
             log.debug("%s: the caller is gone (%r)", method.__qualname__, error)
             raise asyncio.CancelledError

@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query
 from fastapi.responses import HTMLResponse, JSONResponse, Response
 from google.protobuf.json_format import MessageToDict
 
-from kvmesh.errors import NotFound
+from kvmesh.errors import NotFound, ResourceExhausted
 from kvmesh.local.spans import Span, settled_trace
 from services.router.recent import Recent
 from services.router.service import RouterService
@@ -19,6 +19,8 @@ from services.router.service import RouterService
 MOST = 2000
 # How long a trace is waited for: processes write their spans a little later.
 SETTLE_S = 1.5
+# At once: each takes a thread, and reads files.
+MOST_READING = 4
 
 
 class Dashboard:
@@ -28,6 +30,7 @@ class Dashboard:
         self._service = service
         self._recent = recent
         self._traces = traces
+        self._reading = 0
         self.router = APIRouter(tags=["dashboard"])
         self.router.get("/", include_in_schema=False)(self.page)
         self.router.get("/dashboard.js", include_in_schema=False)(self.script)
@@ -73,7 +76,15 @@ class Dashboard:
         return JSONResponse(body, headers={"content-disposition": f'attachment; filename="trace-{name}.json"'})
 
     async def _spans(self, request_id: str) -> list[Span]:
-        spans = await asyncio.to_thread(settled_trace, request_id, self._traces, SETTLE_S, 0.4)
+        if self._reading >= MOST_READING:
+            raise ResourceExhausted(f"{self._reading} traces are being read; try again in a moment")
+        # Only what ran here lately can still be on its way to the files.
+        patience = SETTLE_S if self._recent.find(request_id) is not None else 0.0
+        self._reading += 1
+        try:
+            spans = await asyncio.to_thread(settled_trace, request_id, self._traces, patience, 0.4)
+        finally:
+            self._reading -= 1
         if not spans:
             raise NotFound(f"no trace of request {request_id!r}: not sampled, too old, or written on other machines")
         return spans

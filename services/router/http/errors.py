@@ -44,7 +44,9 @@ RETRY_AFTER_S = 1
 def error_object(error: MeshError) -> dict[str, Any]:
     """`{"error": {message, type, code, param}}`; `code` is the gRPC status."""
     _, kind = _KINDS.get(type(error), (500, "server_error"))
-    return {"error": {"message": str(error), "type": kind, "param": None, "code": error.status.lower()}}
+    # What the client sent may be no Unicode, and stand in the message.
+    message = str(error).encode("utf-8", "replace").decode()
+    return {"error": {"message": message, "type": kind, "param": None, "code": error.status.lower()}}
 
 
 def error_response(error: MeshError) -> JSONResponse:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import grpc
 import grpc.aio
-from fastapi import APIRouter, Body, Response
+from fastapi import APIRouter, Body, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from google.protobuf.json_format import MessageToDict, ParseDict, ParseError
 from google.protobuf.message import Message
@@ -19,6 +19,7 @@ from google.protobuf.message import Message
 from kvmesh.errors import InvalidArgument, MeshError, NotFound, from_rpc
 from kvmesh.v1 import engine_pb2, kv_pb2
 from services.router.http.errors import error_object
+from services.router.http.stream import while_connected
 from services.router.link import EngineLink
 from services.router.view import MeshView
 
@@ -43,27 +44,30 @@ class Microserving:
         """Names of the engines that can be called."""
         return {"engines": sorted(name for name, link in self._view.links.items() if link.connected)}
 
-    async def prep_recv(self, engine: str, body: Fields = Body(...)) -> Response:  # noqa: B008
+    async def prep_recv(self, engine: str, http: Request, body: Fields = Body(...)) -> Response:  # noqa: B008
         """Reserves slots for token_ids[matched:end); the answer's `ticket` goes into the calls that follow."""
-        return await self._call(engine, lambda link: link.kv.PrepRecv, kv_pb2.PrepRecvRequest(), body)
+        return await self._call(engine, lambda link: link.kv.PrepRecv, kv_pb2.PrepRecvRequest(), body, http)
 
-    async def remote_send(self, engine: str, body: Fields = Body(...)) -> Response:  # noqa: B008
+    async def remote_send(self, engine: str, http: Request, body: Fields = Body(...)) -> Response:  # noqa: B008
         """Has this engine prefill and send token_ids[begin:end) into a ticket of another one."""
-        return await self._call(engine, lambda link: link.kv.RemoteSend, kv_pb2.RemoteSendRequest(), body)
+        return await self._call(engine, lambda link: link.kv.RemoteSend, kv_pb2.RemoteSendRequest(), body, http)
 
-    async def release(self, engine: str, body: Fields = Body(...)) -> Response:  # noqa: B008
+    async def release(self, engine: str, http: Request, body: Fields = Body(...)) -> Response:  # noqa: B008
         """Gives a ticket back."""
-        return await self._call(engine, lambda link: link.kv.Release, kv_pb2.ReleaseRequest(), body)
+        return await self._call(engine, lambda link: link.kv.Release, kv_pb2.ReleaseRequest(), body, http)
 
-    async def start_generate(self, engine: str, body: Fields = Body(...)) -> Response:  # noqa: B008
+    async def start_generate(self, engine: str, http: Request, body: Fields = Body(...)) -> Response:  # noqa: B008
         """Generates; server-sent events, one a message."""
         link = self._link(engine)
         request = _parse(engine_pb2.StartGenerateRequest(), body)
         call = link.engine.StartGenerate(request, timeout=CALL_S)
         try:
-            first = await call.read()
+            first = await while_connected(http, call.read())
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, link.name) from error
+        except BaseException:
+            call.cancel()
+            raise
         return StreamingResponse(_lines(link, call, first), media_type="text/event-stream")
 
     def _link(self, engine: str) -> EngineLink:
@@ -73,18 +77,29 @@ class Microserving:
         return link
 
     async def _call(
-        self, engine: str, method: Callable[[EngineLink], Callable[..., Awaitable[Message]]], request: M, body: Fields
+        self,
+        engine: str,
+        method: Callable[[EngineLink], Callable[..., Awaitable[Message]]],
+        request: M,
+        body: Fields,
+        http: Request,
     ) -> Response:
         link = self._link(engine)
         message = _parse(request, body)
         try:
-            answer = await method(link)(message, timeout=CALL_S)
+            answer = await while_connected(http, _awaited(method(link)(message, timeout=CALL_S)))
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, link.name) from error
         return JSONResponse(_fields(answer))
 
 
+async def _awaited(call: Awaitable[Message]) -> Message:
+    return await call
+
+
 def _parse(message: M, body: Fields) -> M:
+    # Raises UnicodeEncodeError for half of a surrogate pair, which protobuf stumbles over.
+    json.dumps(body, ensure_ascii=False).encode()
     try:
         ParseDict(body, message)
     except (ParseError, ValueError, TypeError) as error:

@@ -18,7 +18,7 @@ from kvmesh.v1.router_pb2 import GenerateDelta, GenerateDone, GenerateRequest
 from services.router.door import Door
 from services.router.http.errors import error_object
 from services.router.http.requests import ChatRequest, Common, CompletionRequest, Headers
-from services.router.http.stream import Event, events, unless_disconnected
+from services.router.http.stream import Event, events, unless_disconnected, while_connected
 from services.router.view import MeshView
 
 RequestId = Annotated[str, Header(alias="x-request-id")]
@@ -92,8 +92,12 @@ class OpenAi:
                 await self._take(call, event)
             return JSONResponse(call.whole(), headers=call.headers())
         # The first message is waited for: until then a failure can still have a status of its own.
-        first = await anext(source)
-        await self._take(call, first)
+        try:
+            first = await while_connected(http, _first(source))
+            await self._take(call, first)
+        except BaseException:
+            await source.aclose()
+            raise
         return StreamingResponse(self._lines(call, source), headers=call.headers(), media_type="text/event-stream")
 
     async def _take(self, call: Call, event: Event) -> dict[str, Any] | None:
@@ -123,6 +127,10 @@ class OpenAi:
         except MeshError as error:
             yield _line(error_object(error))
         yield "data: [DONE]\n\n"
+
+
+async def _first(source: AsyncGenerator[Event, None]) -> Event:
+    return await anext(source)
 
 
 def _line(chunk: dict[str, Any]) -> str:

@@ -14,10 +14,11 @@ import uvicorn
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.security import HTTPBearer
+from starlette.exceptions import HTTPException
 
 from kvmesh import __version__
 from kvmesh.apikeys import ApiKeys
-from kvmesh.errors import InvalidArgument, MeshError, NotFound, Unavailable
+from kvmesh.errors import Internal, InvalidArgument, MeshError, NotFound, Unavailable
 from kvmesh.grpcx import join_address, loopback, split_address
 from kvmesh.sizes import MESSAGE_BYTES
 from services.router.door import Door
@@ -75,12 +76,27 @@ def make_app(
         where = ".".join(str(part) for part in first["loc"] if part != "body")
         return error_response(InvalidArgument(f"{where or 'body'}: {first['msg']}"))
 
-    async def unknown(request: Request, _error: Exception) -> Response:
-        return error_response(NotFound(f"there is no {request.method} {request.url.path}; see /docs"))
+    async def refused(request: Request, error: Exception) -> Response:
+        """What the framework refuses by itself."""
+        assert isinstance(error, HTTPException)
+        if error.status_code in (404, 405):
+            return error_response(NotFound(f"there is no {request.method} {request.url.path}; see /docs"))
+        response = error_response(InvalidArgument(f"body: {error.detail}"))
+        response.status_code = error.status_code
+        return response
+
+    async def no_text(_request: Request, _error: Exception) -> Response:
+        return error_response(InvalidArgument("a text of the body has half of a surrogate pair: it is no Unicode"))
+
+    async def unexpected(_request: Request, _error: Exception) -> Response:
+        """The server logs the error itself."""
+        return error_response(Internal("the request failed unexpectedly; see the log of the service"))
 
     app.add_exception_handler(MeshError, failed)
+    app.add_exception_handler(UnicodeEncodeError, no_text)
+    app.add_exception_handler(Exception, unexpected)
     app.add_exception_handler(RequestValidationError, malformed)
-    app.add_exception_handler(404, unknown)
+    app.add_exception_handler(HTTPException, refused)
     return app
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Coroutine, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any, TypeVar
 
 from starlette.requests import Request
 
@@ -16,6 +17,7 @@ from kvmesh.v1.router_pb2 import GenerateRequest, GenerateResponse
 from services.router.door import REQUEST_S, Door
 from services.router.http.gate import Caller
 
+T = TypeVar("T")
 # Messages that wait for a slow client: then the generations wait too.
 BACKLOG = 64
 
@@ -85,18 +87,25 @@ async def unless_disconnected(http: Request, source: AsyncGenerator[Event, None]
     async def collect() -> list[Event]:
         return [event async for event in source]
 
-    work = asyncio.create_task(collect())
+    try:
+        return await while_connected(http, collect())
+    finally:
+        await source.aclose()
+
+
+async def while_connected(http: Request, work: Coroutine[Any, Any, T]) -> T:
+    """What `work` returns; cancels it, and raises Cancelled, when the client goes away first."""
+    task = asyncio.create_task(work)
     gone = asyncio.create_task(_disconnected(http))
     try:
-        await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
-        if not work.done():
+        await asyncio.wait({task, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise Cancelled("the client went away")
-        return work.result()
+        return task.result()
     finally:
-        for task in (work, gone):
-            task.cancel()
-        await asyncio.gather(work, gone, return_exceptions=True)
-        await source.aclose()
+        for each in (task, gone):
+            each.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
 
 
 async def _disconnected(http: Request) -> None:
