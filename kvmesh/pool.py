@@ -41,9 +41,14 @@ class Pool(Sequence["Engine"]):
         """The `n` with the least work, the least first."""
         return heapq.nsmallest(n, self, key=lambda e: e.load.work)
 
-    def nearest(self, token_ids: Sequence[int], n: int = 1) -> list[Engine]:
-        """The `n` with the least work less the tokens that they have cached, by what the engines tell."""
-        return self.cheapest(n, lambda e: e.cached(token_ids), ())
+    def nearest(
+        self, token_ids: Sequence[int], n: int = 1, worth: Callable[[int], int] = lambda cached: cached
+    ) -> list[Engine]:
+        """The `n` with the least work less the tokens that they have cached, by what the engines tell.
+
+        `worth(cached)` is what having so many counts, at most that number.
+        """
+        return self.cheapest(n, lambda e: worth(e.cached(token_ids)), ())
 
     def cheapest(
         self, n: int, gain: Callable[[Engine], int], likely: Iterable[tuple[int, str]], unit: int = 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Annotated
 
@@ -17,6 +18,23 @@ if TYPE_CHECKING:
 WriteBack = Annotated[str, Choices("always", "second", "never")]
 
 
+@dataclass(frozen=True, slots=True)
+class Held:
+    """What a store has of a prompt: the first `tokens`, of which `in_memory` are in memory, and the rest on disk."""
+
+    tokens: int = 0
+    in_memory: int = 0
+
+    def worth(self, cached: int, memory: float, disk: float) -> int:
+        """What it spares an engine to have the first `cached` tokens itself, in tokens that are prefilled.
+
+        To restore a token takes `memory` or `disk` of what it takes to prefill one.
+        """
+        in_memory = min(cached, self.in_memory)
+        on_disk = min(cached, self.tokens) - in_memory
+        return round(memory * in_memory + disk * on_disk + (cached - in_memory - on_disk))
+
+
 class Store(ABC):
     """One live KV store. Calls raise MeshErrors; those that are the store's fault are ENGINE_FAILURES.
 
@@ -26,8 +44,12 @@ class Store(ABC):
     name: str
 
     @abstractmethod
+    async def held(self, token_ids: Sequence[int], *, salt: str = "") -> Held:
+        """How many of the first tokens have their KV here, in whole blocks, and in which tier."""
+
     async def match(self, token_ids: Sequence[int], *, salt: str = "") -> int:
         """How many of the first tokens have their KV here, in whole blocks."""
+        return (await self.held(token_ids, salt=salt)).tokens
 
     @abstractmethod
     async def prep_recv(

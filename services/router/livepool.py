@@ -40,7 +40,9 @@ class LivePool(Pool):
         """By the order of work."""
         return [self[place] for _, place in self._roster.order()[:n]]
 
-    def nearest(self, token_ids: Sequence[int], n: int = 1) -> list[Engine]:
+    def nearest(
+        self, token_ids: Sequence[int], n: int = 1, worth: Callable[[int], int] = lambda cached: cached
+    ) -> list[Engine]:
         """By the order of work and the map of blocks."""
         roster, blocks = self._roster, self._handles.attempt.blocks
         likely = iter(roster.holders(blocks, token_ids))
@@ -48,7 +50,7 @@ class LivePool(Pool):
         def cost(place: int) -> int:
             link = roster[place]
             size = link.block_tokens
-            return link.load.work - size * link.cached_blocks(blocks.of(token_ids, size))
+            return link.load.work - worth(size * link.cached_blocks(blocks.of(token_ids, size)))
 
         return [self[place] for place in roster.cheapest(n, cost, likely)]
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 import grpc.aio
 
 from kvmesh.errors import InvalidArgument
-from kvmesh.stores import Store
+from kvmesh.stores import Held, Store
 from kvmesh.strategy import Engine, TicketHandle
 from kvmesh.v1.kvstore_pb2 import MatchRequest
 from services.router.attempt import Attempt
@@ -48,7 +48,7 @@ class StoreHandle(Store):
         self._saver = saver
         self._endpoint = StoreEndpoint(attempt, link)
 
-    async def match(self, token_ids: Sequence[int], *, salt: str = "") -> int:
+    async def held(self, token_ids: Sequence[int], *, salt: str = "") -> Held:
         """Match."""
         a, link = self._attempt, self._link
         request = MatchRequest(token_ids=token_ids, salt=salt, model=a.request.model)
@@ -57,7 +57,7 @@ class StoreHandle(Store):
             reply = await link.store.Match(request, timeout=a.budget(MATCH_S))
         except grpc.aio.AioRpcError as error:
             raise a.failure(link, error) from error
-        return reply.matched
+        return Held(reply.matched, reply.in_memory)
 
     async def prep_recv(
         self, token_ids: Sequence[int], end: int, *, wait: float = 10.0, salt: str = ""

@@ -26,6 +26,8 @@ class FakeStore(FakeEngine, kvstore_pb2_grpc.KvStoreServicer):
     def __init__(self, name: str, mesh: dict[str, FakeEngine]) -> None:
         super().__init__(name, mesh, {})
         self.kept: list[tuple[str, list[int]]] = []
+        # Whether what it keeps is not in memory.
+        self.on_disk = False
 
     async def start(self, registry: str) -> None:
         def register(server: Any) -> None:
@@ -96,7 +98,8 @@ class FakeStore(FakeEngine, kvstore_pb2_grpc.KvStoreServicer):
     @rpc
     async def Match(self, request: kvstore_pb2.MatchRequest, context: Any) -> kvstore_pb2.MatchResponse:
         await self._enter("Match", request, context)
-        return kvstore_pb2.MatchResponse(matched=self.has(list(request.token_ids), request.salt))
+        matched = self.has(list(request.token_ids), request.salt)
+        return kvstore_pb2.MatchResponse(matched=matched, in_memory=0 if self.on_disk else matched)
 
     @rpc
     async def WatchStatus(self, request: kvstore_pb2.WatchStoreRequest, context: Any) -> None:  # type: ignore[override]

@@ -15,8 +15,9 @@ from router_harness import Harness
 
 from kvmesh.blocks import block_hashes
 from kvmesh.errors import ResourceExhausted, Unavailable
-from kvmesh.stores import rendezvous
+from kvmesh.stores import Held, rendezvous
 from kvmesh.v1 import router_pb2
+from kvmesh.v1.engine_pb2 import LoadReport
 from services.router.seen import Seen
 
 
@@ -48,6 +49,34 @@ async def with_stores(h: Harness, count: int = 1) -> AsyncIterator[list[FakeStor
 async def generate(h: Harness, tokens: list[int], max_new: int = 8, **params: Any) -> Any:
     texts = {name: str(value).lower() if isinstance(value, bool) else str(value) for name, value in params.items()}
     return await h.generate(tokens, max_new, strategy="store_backed", strategy_params=texts)
+
+
+def test_what_a_cache_is_worth_beside_a_store() -> None:
+    assert Held().worth(100, 0.1, 0.3) == 100
+    held = Held(80, 50)
+    assert [held.worth(cached, 0.1, 0.5) for cached in (0, 50, 80, 100)] == [0, 5, 20, 40]
+
+
+async def test_the_engine_is_chosen_by_what_each_tier_spares(tmp_path: Path) -> None:
+    tokens = prompt(16 * BLOCK)
+    async with Harness(2, tmp=tmp_path) as h, with_stores(h) as [store]:
+        # The one that has it all has a request more than the other: 256 tokens of 1,024.
+        caching = h.engines[1]
+        caching.blocks = block_hashes(tokens)
+        await caching.report(LoadReport(free_slots=1000, running_requests=1))
+
+        async def chosen() -> str:
+            r = await generate(h, tokens, 1, policy="kv_aware", write_back="never")
+            return next(s.engine for s in r.done.shares if s.decoded_tokens)
+
+        async with asyncio.timeout(5):
+            while await chosen() != "e1":
+                await asyncio.sleep(0.02)
+        store.kept = [("", tokens)]
+        assert await chosen() == "e0"
+        store.on_disk = True
+        assert await chosen() == "e1"
+        await h.idle()
 
 
 async def test_what_was_computed_is_saved_and_restored(tmp_path: Path) -> None:
