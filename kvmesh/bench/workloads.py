@@ -31,13 +31,15 @@ class Ask:
 
     def tokens(self, vocab_size: int) -> list[int]:
         """The prompt, of ids 3 up to the vocabulary's end: the same for the same blocks."""
-        parts = [_block(number, size, vocab_size) for number, size in self.blocks]
-        return np.concatenate(parts).tolist()  # type: ignore[no-any-return]
+        return _tokens(self.blocks, vocab_size).tolist()  # type: ignore[no-any-return]
 
 
-def _block(number: int, size: int, vocab_size: int) -> Any:
-    """Pseudo-random tokens of one block; a shorter one is the beginning of a longer one."""
-    x = np.arange(1, size + 1, dtype=np.uint64) + np.uint64(number * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF)
+def _tokens(blocks: Sequence[tuple[int, int]], vocab_size: int) -> Any:
+    """Pseudo-random tokens of blocks (number, size); a shorter one is the beginning of a longer one."""
+    sizes = [size for _, size in blocks]
+    starts = np.array([number * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF for number, _ in blocks], np.uint64)
+    within = np.arange(sum(sizes)) - np.repeat(np.cumsum([0, *sizes[:-1]]), sizes)
+    x = np.repeat(starts, sizes) + within.astype(np.uint64) + np.uint64(1)
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     low = min(3, vocab_size - 1)

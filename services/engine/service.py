@@ -127,7 +127,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
     async def PrepRecv(self, request: kv_pb2.PrepRecvRequest, context: Context) -> kv_pb2.PrepRecvResponse:
         """Reserves slots."""
         with self._call("prep_recv", context, request_id=request.owner, end=request.end) as span:
-            token_ids = list(request.token_ids)
+            token_ids = request.token_ids[:]
             self._check_prompt(token_ids, request.model, request.owner)
             _, end = check_range(0, request.end, len(token_ids))
             ttl = request.ttl_ms or DEFAULT_TTL_MS
@@ -152,7 +152,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         arrived = time.monotonic_ns()
         receiver = ticket.receiver.name
         with self._call("remote_send", context, request_id=request.owner, receiver=receiver, ticket=ticket.id) as span:
-            token_ids = list(request.token_ids)
+            token_ids = request.token_ids[:]
             self._check_prompt(token_ids, request.model, request.owner)
             begin, end = check_range(request.begin, request.end, len(token_ids))
             if not ticket.receiver.address:
@@ -239,7 +239,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
     async def _generate(
         self, request: engine_pb2.StartGenerateRequest, run: _Run, context: Context, span: Span
     ) -> None:
-        token_ids, model = list(request.token_ids), self._model
+        token_ids, model = request.token_ids[:], self._model
         self._check_prompt(token_ids, request.model, "")
         check_sampling(request.sampling, model.vocab_size, model.context_length, len(token_ids))
         generated = request.generated
@@ -265,6 +265,8 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
             # Not before: a call that is refused leaves the ticket as it was.
             self._book.use(ticket, begin)
         run.set(outputs)
+        # Python numbers take ten times the room of the message, and an answer takes long.
+        del token_ids
         async with aclosing(generation.run(outputs)) as messages:
             async for message in messages:
                 self.totals.generated_tokens += len(message.chunk.token_ids)

@@ -33,10 +33,17 @@ def test_content_is_the_same_however_it_is_cut():
         before = int(parts[-1][-1])
     assert np.array_equal(whole, np.concatenate(parts))
     digest, value = MATH.digest(whole[:500]), int(whole[499])
-    for i in range(500, 700):
-        digest, value = MATH.extend(digest, value, int(ids[i]), i)
-        assert value == int(whole[i])
-    assert digest == MATH.digest(whole)
+    last = next_token(digest, 300)
+    digest, value, tokens, written = MATH.decode(digest, value, last, 500, [0] * 200, 300, frozenset())
+    answered = MATH.prefill(np.array([*ids[:500], last, *tokens[:-1]], np.uint32), FIRST)
+    assert written == answered[500:].tolist() and value == written[-1]
+    assert digest == MATH.digest(answered) and tokens[-1] == next_token(digest, 300)
+    # It ends where a stop token comes, and where it goes on it goes on alike.
+    at = tokens.index(tokens[50])
+    first = MATH.decode(MATH.digest(whole[:500]), int(whole[499]), last, 500, [0] * 200, 300, {tokens[50]})
+    assert first[2] == tokens[: at + 1] and first[3] == written[: at + 1]
+    rest = MATH.decode(first[0], first[1], tokens[at], 501 + at, [0] * (199 - at), 300, frozenset())
+    assert rest[2] == tokens[at + 1 :] and rest[0] == digest
 
 
 def test_any_other_token_or_kv_gives_another_digest():

@@ -7,6 +7,7 @@ affine modulo 2^64, so that whole prompts are numpy operations.
 
 from __future__ import annotations
 
+from collections.abc import Sequence, Set
 from typing import TypeAlias
 
 import numpy as np
@@ -51,10 +52,24 @@ class Arithmetic:
         """The state that a context of this KV leaves."""
         return int((values * self._weights[: len(values)]).sum(dtype=np.uint64))
 
-    def extend(self, digest: int, value: int, token: int, length: int) -> tuple[int, int]:
-        """(state, KV) after one more token, behind `length` tokens of which the last has the KV `value`."""
-        value = (_A * value + (token + 1) * _C) & MASK
-        return (digest + value * int(self._weights[length])) & MASK, value
+    def decode(
+        self, digest: int, value: int, token: int, length: int, seeds: Sequence[int], vocab_size: int, stops: Set[int]
+    ) -> tuple[int, int, list[int], list[int]]:
+        """(state, KV, tokens, their KV) after a token for each of `seeds`, fewer where one of `stops` comes.
+
+        `token` is the last before them; its own KV is the first that is computed.
+        """
+        tokens: list[int] = []
+        written: list[int] = []
+        for weight, seed in zip(self._weights[length : length + len(seeds)].tolist(), seeds, strict=True):
+            value = (_A * value + (token + 1) * _C) & MASK
+            digest = (digest + value * weight) & MASK
+            written.append(value)
+            token = next_token(digest, vocab_size, seed)
+            tokens.append(token)
+            if token in stops:
+                break
+        return digest, value, tokens, written
 
 
 def next_token(digest: int, vocab_size: int, seed: int = 0) -> int:

@@ -99,29 +99,25 @@ class Job:
         """The token after the prefill."""
         values = cache.values[self.slots[: self.done]]
         self.digest, self.value = arithmetic.digest(values), int(values[-1])
-        return self._sample(vocab_size)
-
-    def next_tokens(self, cache: KvCache, arithmetic: Arithmetic, vocab_size: int) -> list[int]:
-        """One more for each slot of [done:taken), where the KV of those before goes; fewer if one of them ends it."""
-        written: list[int] = []
-        tokens: list[int] = []
-        for _ in range(self.taken - self.done):
-            self.digest, self.value = arithmetic.extend(self.digest, self.value, self.answer[-1], self.done)
-            written.append(self.value)
-            self.done += 1
-            tokens += self._sample(vocab_size)
-            if tokens[-1] in self.stops:
-                break
-        cache.values[self.slots[self.done - len(written) : self.done]] = np.array(written, np.uint64)
-        cache.release(self.slots[self.done : self.taken].copy())
-        self.taken = self.done
-        return tokens
-
-    def _sample(self, vocab_size: int) -> list[int]:
         token = next_token(self.digest, vocab_size, self.seed and scramble(self.seed + self.done))
         self.answer.append(token)
         self.produced += 1
         return [token]
+
+    def next_tokens(self, cache: KvCache, arithmetic: Arithmetic, vocab_size: int) -> list[int]:
+        """One more for each slot of [done:taken), where the KV of those before goes; fewer if one of them ends it."""
+        count, seed = self.taken - self.done, self.seed
+        seeds = [scramble(seed + self.done + i) for i in range(1, count + 1)] if seed else [0] * count
+        self.digest, self.value, tokens, written = arithmetic.decode(
+            self.digest, self.value, self.answer[-1], self.done, seeds, vocab_size, self.stops
+        )
+        self.done += len(tokens)
+        self.produced += len(tokens)
+        self.answer += tokens
+        cache.values[self.slots[self.done - len(written) : self.done]] = np.array(written, np.uint64)
+        cache.release(self.slots[self.done : self.taken].copy())
+        self.taken = self.done
+        return tokens
 
     @property
     def ending(self) -> Ending | None:

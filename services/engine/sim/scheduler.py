@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
+from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -151,7 +152,7 @@ class Scheduler:
         if step is None or step.count == 1 or step.timer is None:
             return
         now = self._now()
-        count = next((i for i, mark in enumerate(step.marks, 1) if mark >= now), step.count)
+        count = min(bisect_left(step.marks, now) + 1, step.count)
         if count < step.count:
             step.timer.cancel()
             step.count, step.ends = count, step.marks[count - 1]
@@ -278,9 +279,12 @@ class Scheduler:
         at, batch = step.began, len(step.decodes)
         prefill = p.prefill_seconds([(j.done, j.taken) for j in step.chunks]) if step.chunks else 0.0
         resident = sum(j.context for j in step.decodes)
-        for i in range(step.count):
-            decode = p.decode_seconds(batch, resident + i * batch) if batch else 0.0
-            at += factor * p.mixed_seconds(prefill, decode)
+        decode = p.decode_seconds(batch, resident) if batch else 0.0
+        # With each step the contexts grow by a token.
+        growth = p.decode.per_kv_token * batch
+        for _ in range(step.count):
+            at += factor * (p.mixed_seconds(prefill, decode) if prefill else decode)
+            decode += growth
             step.marks.append(at)
         step.ends = at
 
