@@ -31,6 +31,7 @@ def sim(
 ) -> None:
     """Runs strategies on simulated engines, in virtual time."""
     import logging
+    import resource
 
     from kvmesh.bench import plots
     from kvmesh.bench.cli import fitting
@@ -54,7 +55,11 @@ def sim(
         report = summarise(choice.text, outcome.records, warmup=given["warmup"], slo=slo_of(given), about=about)
         reports.append(report)
         click.echo(table(report))
-        click.echo(f"  simulated    {outcome.virtual:.1f} s of {engines} engines in {outcome.real:.1f} s")
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        click.echo(
+            f"  simulated    {outcome.virtual:.1f} s of {engines} engines in {outcome.real:.1f} s, "
+            f"{memory:.1f} GB of memory at most"
+        )
     if len(reports) > 1:
         click.echo("\n" + comparison(reports))
     if folder is not None:

@@ -44,7 +44,11 @@ _OPTIONS = [
     click.option(
         "--trace", type=click.Path(dir_okay=False, path_type=Path), help="The file of a workload other than synthetic."
     ),
-    click.option("--requests", default=0, help="How many. [default: 100; all of a trace]"),
+    click.option(
+        "--requests",
+        default=0,
+        help="How many; a trace begins again, with other prompts. [default: 100; all of a trace]",
+    ),
     click.option(
         "--input-tokens",
         default="512",
@@ -104,7 +108,7 @@ def asks_of(given: dict[str, Any]) -> list[Ask]:
     if path is None:
         raise InvalidArgument(f"workload {kind} needs --trace FILE")
     read = {"mooncake": workloads.mooncake, "azure": workloads.azure, "sharegpt": workloads.sharegpt}[kind]
-    return read(path, count, seed)
+    return workloads.repeated(lambda again, most: read(path, most, seed + again * workloads.AGAIN), count)
 
 
 def load_of(given: dict[str, Any], asks: list[Ask]) -> Load:

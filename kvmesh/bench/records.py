@@ -45,12 +45,11 @@ class Record:
         return self.ended - self.due
 
     @property
-    def gaps(self) -> list[float]:
-        """Between tokens; those of one message are taken as evenly spread over the time since the message before."""
-        found: list[float] = []
-        for (before, _), (at, count) in zip(self.tokens, self.tokens[1:], strict=False):
-            found += [(at - before) / count] * count
-        return found
+    def gaps(self) -> tuple[list[float], list[int]]:
+        """Between tokens, and how many such: those of a message are spread evenly over the time since the last one."""
+        later = self.tokens[1:]
+        between = [(at - before) / count for (before, _), (at, count) in zip(self.tokens, later, strict=False)]
+        return between, [count for _, count in later]
 
 
 def good(records: Sequence[Record]) -> list[Record]:

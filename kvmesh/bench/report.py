@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from kvmesh.bench.records import Record, good
 from kvmesh.errors import InvalidArgument
@@ -87,7 +88,7 @@ def summarise(
     seconds = max(max(r.ended for r in counted) - min(r.due for r in counted), 1e-9)
     samples = {m: [getattr(r, m) for r in ended] for m in ("ttft", "tpot", "jct")}
     samples["tpot"] = [r.tpot for r in ended if r.completion_tokens > 1]
-    gaps = [gap for r in ended for gap in r.gaps]
+    gaps = np.concatenate([np.repeat(*r.gaps) for r in ended] or [np.empty(0)])
     told = [r for r in ended if r.cached_tokens >= 0]
     kept = sum(slo.kept(r) for r in counted)
     errors: dict[str, int] = {}
@@ -113,9 +114,9 @@ def summarise(
     )
 
 
-def statistics(values: Sequence[float]) -> dict[str, float]:
+def statistics(values: Sequence[float] | npt.NDArray[np.float64]) -> dict[str, float]:
     """Mean and percentiles; zeros of nothing."""
-    if not values:
+    if not len(values):
         return dict.fromkeys(STATISTICS, 0.0)
     found = np.percentile(values, [50, 90, 99])
     return {"mean": float(np.mean(values)), **{f"p{p}": float(v) for p, v in zip((50, 90, 99), found, strict=True)}}

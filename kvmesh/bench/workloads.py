@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
+import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
@@ -14,6 +16,8 @@ import numpy as np
 
 from kvmesh.errors import InvalidArgument
 
+# Between the seeds of a trace's times: no run has so many.
+AGAIN = 1_000_003
 # Tokens of one block of a Mooncake trace, each named by a hash id.
 MOONCAKE_BLOCK = 512
 
@@ -158,6 +162,21 @@ def _begin_at_zero(asks: list[Ask], path: Path) -> list[Ask]:
     first = min(a.at for a in asks)
     moved = (Ask(a.prompt_tokens, a.max_new_tokens, a.blocks, a.at - first, a.session, a.text) for a in asks)
     return sorted(moved, key=lambda a: a.at)
+
+
+def repeated(read: Callable[[int, int], list[Ask]], count: int) -> list[Ask]:
+    """`count` requests (0: as many as there are) of a trace; at its end it begins again.
+
+    `read(n, most)` gives at most so many (0: all), of its n-th time: with prompts of their own.
+    """
+    asks = read(0, count)
+    period = max(a.at for a in asks) * (1 + 1 / len(asks))
+    for again in itertools.count(1):
+        if len(asks) >= count:
+            return asks
+        more = read(again, count - len(asks))
+        asks += [dataclasses.replace(a, at=a.at + again * period) for a in more]
+    raise AssertionError
 
 
 def limited(asks: Sequence[Ask], context_length: int) -> list[Ask]:
