@@ -17,6 +17,10 @@ class Line:
         return self.fixed + self.each * x if x > 0 else 0.0
 
 
+# A guess.
+PROMPT = 1000.0
+
+
 @dataclass(frozen=True, slots=True)
 class Pace:
     """What an engine's work takes. Guesses until `measured` (finished generations and sends) is above 0."""
@@ -30,3 +34,5 @@ class Pace:
     # Share of the last seconds that went into prefilling, 0 to 0.9: decode steps take so much longer.
     busy: float = 0.0
     measured: int = 0
+    # Tokens that are prefilled for one request, of that request which a token belongs to, on average.
+    prompt: float = PROMPT

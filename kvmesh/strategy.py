@@ -161,12 +161,19 @@ class Load:
     cached_slots: int = 0
     credit_requests: int = 0
     credit_tokens: int = 0
+    # What this router has sent there to be prefilled and is not, whether it has been reported or not.
+    assigned_tokens: int = 0
 
     @property
     def work(self) -> int:
         """All of it as one number, in prompt tokens."""
         requests = self.running + self.waiting + self.tickets + self.sending + self.credit_requests
         return requests * REQUEST_TOKENS + self.waiting_tokens + self.credit_tokens
+
+    @property
+    def queued_tokens(self) -> int:
+        """Prompt tokens that wait there, or are being prefilled: what is in a report already is not counted again."""
+        return max(self.waiting_tokens, min(self.waiting_tokens + self.credit_tokens, self.assigned_tokens))
 
 
 class Engine(ABC):
@@ -195,6 +202,10 @@ class Engine(ABC):
         Asking makes the router listen to its cache: 0 until it has told.
         """
         return 0
+
+    def expect(self, tokens: int) -> None:
+        """Counts so many tokens, to be prefilled there by this request, as load of the engine before they are sent."""
+        return
 
     @abstractmethod
     async def prep_recv(self, token_ids: Sequence[int], end: int, *, wait: float = 10.0) -> TicketHandle:

@@ -102,6 +102,11 @@ class Attempt:
         self.settle(link)
         self._credits[link.name] = link.charge(1, tokens)
 
+    def begun(self, link: EngineLink) -> None:
+        """The engine has prefilled what it was charged with."""
+        if (number := self._credits.get(link.name)) is not None:
+            link.begun(number)
+
     def settle(self, link: EngineLink) -> None:
         """The engine is done with what it was charged with."""
         if (number := self._credits.pop(link.name, None)) is not None:

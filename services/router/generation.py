@@ -111,6 +111,7 @@ class Generation(Generating):
     def _take(self, message: StartGenerateResponse) -> Chunk:
         if not self._begun:
             self._begun = True
+            self._attempt.begun(self._link)
             if self._ticket is not None:
                 self._attempt.used(self._ticket)
             if message.HasField("chunk"):
@@ -128,7 +129,7 @@ class Generation(Generating):
         self._attempt.ledger.finished(self._link.name, end, self._received)
         self._link.breaker.good()
         self._link.meter.prefilling(min(0, self._begin - end.usage.cached_tokens))
-        self._link.meter.generated(end.usage, self._link.report.running_requests)
+        self._link.meter.generated(end.usage, self._link.load.running)
         if self._span.is_recording():
             usage = end.usage
             self._span.set_attributes(

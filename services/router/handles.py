@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Sequence
 from typing import TypeVar
 
@@ -58,6 +59,11 @@ class EngineHandle(Engine):
         """By the engine's cache events."""
         size = self._link.block_tokens
         return size * self._link.cached_blocks(self._attempt.blocks.of(token_ids, size))
+
+    def expect(self, tokens: int) -> None:
+        """As credit, until the call that takes its place, or the request's end."""
+        self._attempt.use(self._link)
+        self._attempt.charge(self._link, tokens)
 
     async def prep_recv(self, token_ids: Sequence[int], end: int, *, wait: float = 10.0) -> TicketHandle:
         """PrepRecv."""
@@ -141,6 +147,7 @@ class EngineHandle(Engine):
             model=a.request.model,
             salt=self.salt,
         )
+        began = time.monotonic()
         call = link.kv.RemoteSend(
             request, timeout=left / 2 if timeout is None else min(left, timeout), metadata=inject(span)
         )
@@ -153,7 +160,7 @@ class EngineHandle(Engine):
             ticket.filled, ticket.certain = begin + reply.sent_tokens, certain
             a.ledger.sent(self.name, ticket.engine, reply)
             link.meter.prefilling(reply.computed_tokens - (end - begin))
-            link.meter.sent(reply)
+            link.meter.sent(reply, time.monotonic() - began)
             link.breaker.good()
             if span.is_recording():
                 span.set_attributes(

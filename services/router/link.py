@@ -97,6 +97,7 @@ class EngineLink:
             cached_slots=r.cached_slots,
             credit_requests=self._credits.requests,
             credit_tokens=self._credits.tokens,
+            assigned_tokens=self._credits.assigned,
         )
 
     def _load_changed(self) -> None:
@@ -157,6 +158,11 @@ class EngineLink:
         number = self._credits.charge(requests, tokens, time.monotonic())
         self._load_changed()
         return number
+
+    def begun(self, number: int) -> None:
+        """The work of that number gives tokens now: its prompt waits no more."""
+        self._credits.begun(number)
+        self._load_changed()
 
     def settle(self, number: int) -> None:
         """The work of that number is over."""

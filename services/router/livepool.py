@@ -44,15 +44,10 @@ class LivePool(Pool):
         self, token_ids: Sequence[int], n: int = 1, worth: Callable[[int], int] = lambda cached: cached
     ) -> list[Engine]:
         """By the order of work and the map of blocks."""
-        roster, blocks = self._roster, self._handles.attempt.blocks
-        likely = iter(roster.holders(blocks, token_ids))
-
-        def cost(place: int) -> int:
-            link = roster[place]
-            size = link.block_tokens
-            return link.load.work - worth(size * link.cached_blocks(blocks.of(token_ids, size)))
-
-        return [self[place] for place in roster.cheapest(n, cost, likely)]
+        roster = self._roster
+        holders = roster.holders(self._handles.attempt.blocks, token_ids)
+        found = roster.cheapest(n, lambda at: roster[at].load.work - worth(holders.tokens(at)), iter(holders))
+        return [self[place] for place in found]
 
     def cheapest(
         self, n: int, gain: Callable[[Engine], int], likely: Iterable[tuple[int, str]], unit: int = 1

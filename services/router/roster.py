@@ -63,6 +63,7 @@ class Roster(Sequence[EngineLink]):
         # Of the engines in the map of blocks: all bits, and the place of each; by the tokens of a block.
         self._bits: dict[int, int] = {}
         self._at: dict[int, int] = {}
+        self._bit_of: list[int] = []
 
     def __len__(self) -> int:
         return len(self._links)
@@ -126,25 +127,27 @@ class Roster(Sequence[EngineLink]):
         """Who has how much of it cached."""
         if (now := time.monotonic()) - self._listened > LISTEN_S:
             self._listened = now
-            self._bits, self._at = {}, {}
+            self._bits, self._at, self._bit_of = {}, {}, []
             for i, link in enumerate(self._links):
                 bit = link.listen().bit
                 self._bits[link.block_tokens] = self._bits.get(link.block_tokens, 0) | bit
                 self._at[bit] = i
+                self._bit_of.append(bit)
         levels: list[tuple[int, int]] = []
         for size, bits in self._bits.items():
             found = self._links[0].blocks.levels(prompt.of(token_ids, size), bits)
             levels += [(blocks * size, held) for blocks, held in found]
         levels.sort(reverse=True)
-        return Holders(levels, self._at)
+        return Holders(levels, self._at, self._bit_of)
 
 
 class Holders:
     """Engines by how much of a prompt they have cached. `levels`: (tokens, bits of those who have them), falling."""
 
-    def __init__(self, levels: list[tuple[int, int]], places: Mapping[int, int]) -> None:
+    def __init__(self, levels: list[tuple[int, int]], places: Mapping[int, int], bits: Sequence[int]) -> None:
         self._levels = levels
         self._places = places
+        self._bits = bits
 
     def __iter__(self) -> Iterator[tuple[int, int]]:
         """(tokens, place), falling; not those that have nothing."""
@@ -155,6 +158,11 @@ class Holders:
                 bit = rest & -rest
                 rest ^= bit
                 yield tokens, self._places[bit]
+
+    def tokens(self, place: int) -> int:
+        """How much it has."""
+        bit = self._bits[place]
+        return next((tokens for tokens, held in self._levels if held & bit), 0)
 
     def fullest(self) -> int:
         """The place of who has most, the first among equals."""

@@ -13,6 +13,7 @@ from kvmesh.v1.engine_pb2 import ModelInfo
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
 from services.router.kvindex import BlockMap
 from services.router.link import EngineLink
+from services.router.meter import Paces
 from services.router.roster import Journal, Roster
 from services.router.storelink import StoreLinks
 
@@ -43,6 +44,7 @@ class MeshView:
         self._changed = asyncio.Event()
         self._journal = Journal()
         self._blocks = BlockMap()
+        self._paces = Paces()
         # Engines that may be suspect or suspended.
         self._doubtful: set[str] = set()
         # Who is up changes seldom: until it does, the rosters stay. By model.
@@ -67,6 +69,7 @@ class MeshView:
         name = member.endpoint.name
         link = self._make_link(member, self._tasks, partial(self._link_changed, name))
         link.blocks = self._blocks
+        link.meter.together = self._paces
         link.on_load = partial(self._journal.add, link)
         link.on_doubt = partial(self._doubtful.add, name)
         return link

@@ -37,6 +37,19 @@ def test_a_report_takes_over_what_it_must_have_seen():
     assert sums(credits) == (0, 0) and not credits._open
 
 
+def test_what_was_assigned_stays_until_it_begins_or_ends():
+    credits = Credits()
+    a, b = credits.charge(1, 100, 0.0), credits.charge(1, 7, 0.0)
+    credits.reported(2 * SEEN_AFTER_S)
+    assert sums(credits) == (0, 0) and credits.assigned == 107
+    credits.begun(a)
+    credits.begun(a)
+    assert credits.assigned == 7
+    credits.settle(b)
+    credits.settle(a)
+    assert credits.assigned == 0 and not credits._assigned
+
+
 def test_sums_are_those_of_what_is_open_whatever_happens():
     draw, credits, now, numbers = random.Random(3), Credits(), 0.0, [0]
     for _ in range(5000):

@@ -19,7 +19,7 @@ from kvmesh.v1.common_pb2 import GenerateUsage, SamplingParams
 from kvmesh.v1.engine_pb2 import CacheChange, LoadReport
 from kvmesh.v1.kv_pb2 import RemoteSendResponse
 from services.router.kvindex import CacheIndex
-from services.router.meter import Fit, Meter
+from services.router.meter import FORGET_S, Fit, Meter, Paces
 from services.router.policies import all_policies
 from services.router.policies.prefix_affinity import BLOCK_TOKENS, PrefixAffinity
 
@@ -173,11 +173,32 @@ def test_a_meter_takes_the_parts_apart():
     )
     meter.generated(usage, running=4)
     meter.sent(
-        RemoteSendResponse(computed_tokens=50, compute_seconds=0.25, sent_tokens=80, send_seconds=0.4, cached_tokens=30)
+        RemoteSendResponse(
+            computed_tokens=50, compute_seconds=0.25, sent_tokens=80, queue_seconds=0.1, cached_tokens=30
+        ),
+        0.75,
     )
     pace = meter.pace
     assert pace.measured == 2
     assert (pace.prefill.at(100), pace.step.at(4), pace.send.at(80)) == pytest.approx((0.5, 0.2, 0.4), rel=0.01)
+
+
+def test_what_a_meter_has_not_measured_it_has_from_the_others_and_what_is_old_is_forgotten(monkeypatch):
+    now = 100.0
+    monkeypatch.setattr("services.router.meter.time.monotonic", lambda: now)
+    together = Paces()
+    slow, fresh = Meter(together), Meter(together)
+    usage = GenerateUsage(prompt_tokens=100, prefill_seconds=1.0, completion_tokens=2, decode_seconds=0.5)
+    for _ in range(30):
+        slow.generated(usage, running=1)
+    assert fresh.pace.prefill.at(100) == pytest.approx(1.0) and fresh.pace.prompt == pytest.approx(100)
+    usage.prefill_seconds = 0.1
+    for _ in range(200):
+        fresh.generated(usage, running=1)
+    assert fresh.pace.prefill.at(100) == pytest.approx(0.1)
+    assert slow.pace.prefill.at(100) == pytest.approx(1.0)
+    now += FORGET_S
+    assert slow.pace.prefill.at(100) < 0.2
 
 
 def test_a_meter_knows_how_much_of_the_time_goes_into_prefilling(monkeypatch):

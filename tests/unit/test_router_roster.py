@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -49,9 +50,13 @@ def member(name: str, life: int, role: str = "") -> Member:
 
 
 class World:
-    """A view over links to which things happen."""
+    """A view over links to which things happen, at times of its own."""
 
-    def __init__(self, seed: int) -> None:
+    def __init__(self, seed: int, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(rosters, "LISTEN_S", -1.0)
+        monkeypatch.setattr(links, "channel", lambda address: None)
+        self.now = 1000.0
+        monkeypatch.setattr(links, "time", SimpleNamespace(monotonic=lambda: self.now))
         self.draw = random.Random(seed)
         self.view = MeshView(make_link=Link)  # type: ignore[arg-type]
         self.members: dict[str, Member] = {}
@@ -74,6 +79,7 @@ class World:
 
     def happens(self) -> None:
         draw, link = self.draw, self.draw.choice(self.links)
+        self.now += draw.random() * 0.1
         match draw.randrange(12):
             case 0 | 1 | 2:
                 link.says(load=LoadReport(running_requests=draw.randrange(4), waiting_tokens=draw.randrange(3) * 50))
@@ -136,10 +142,8 @@ def same_answers(live: Pool, token_ids: tuple[int, ...], draw: random.Random) ->
 
 @pytest.mark.parametrize(("seed", "roles"), [(1, False), (2, False), (3, True)])
 async def test_the_same_answers_as_by_looking_at_every_engine(seed, roles, monkeypatch):
-    monkeypatch.setattr(rosters, "LISTEN_S", 0.0)
     monkeypatch.setattr(rosters, "KEPT", 20)
-    monkeypatch.setattr(links, "channel", lambda address: None)
-    world = World(seed)
+    world = World(seed, monkeypatch)
     for i in range(23):
         world.join(f"engine-{i}", 0, ("prefill", "decode", "")[i % 3] if roles else "")
     for _ in range(600):
@@ -160,9 +164,7 @@ async def test_the_same_answers_as_by_looking_at_every_engine(seed, roles, monke
 
 
 async def test_policies_choose_the_same_over_an_index_as_over_a_list(monkeypatch):
-    monkeypatch.setattr(rosters, "LISTEN_S", 0.0)
-    monkeypatch.setattr(links, "channel", lambda address: None)
-    world = World(4)
+    world = World(4, monkeypatch)
     for i in range(40):
         world.join(f"engine-{i}", 0)
     indexed, listed = all_policies(random.Random(1)), all_policies(random.Random(1))
@@ -213,8 +215,7 @@ def test_who_has_how_many_blocks():
 
 @pytest.mark.parametrize("question", ["calmest", "nearest", "fullest", "policies"])
 async def test_few_of_many_engines_are_looked_at(question, monkeypatch):
-    monkeypatch.setattr(links, "channel", lambda address: None)
-    world = World(6)
+    world = World(6, monkeypatch)
     for i in range(400):
         world.join(f"engine-{i}", 0)
     prompt = PROMPTS[4]
