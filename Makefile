@@ -8,7 +8,7 @@ TESTS ?=
 SEEDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: campaign cluster fuzz help setup demo test lint types check format proto docs bench figures clean
+.PHONY: bench campaign check clean clients cluster demo docs figures format fuzz help lint proto setup test types
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -32,6 +32,15 @@ fuzz: setup ## Fuzzes both doors and every gRPC method for FUZZ seconds each; sc
 	@test -x $(FUZZ_VENV)/bin/schemathesis || { $(PYTHON) -m venv $(FUZZ_VENV) && \
 		$(FUZZ_VENV)/bin/pip install --quiet --disable-pip-version-check schemathesis==4.32.5; }
 	@$(PY) -m pytest -s tests/unit/test_fuzz_grpc.py tests/unit/test_fuzz_http.py --fuzz-seconds $(FUZZ)
+
+BUILT := $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/kvmesh/clients
+
+clients: ## Builds examples/clients (node and npm; g++ and libgrpc++-dev), and fetches buf; tests use them then.
+	@mkdir -p $(BUILT)/javascript $(BUILT)/buf
+	@cp examples/clients/javascript/package*.json $(BUILT)/javascript/
+	@npm ci --prefix $(BUILT)/javascript --ignore-scripts --no-audit --no-fund
+	@npm install --prefix $(BUILT)/buf --ignore-scripts --no-audit --no-fund @bufbuild/buf@1.75.0
+	@$(MAKE) --no-print-directory -C examples/clients/cpp OUT=$(BUILT)/cpp
 
 lint: setup ## Looks over the code with ruff.
 	@$(PY) -m ruff check .

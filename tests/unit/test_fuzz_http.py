@@ -146,8 +146,8 @@ async def test_schemathesis_finds_no_server_error(tmp_path, pytestconfig, caplog
             "--tls-verify",
             str(mesh.certs / "ca.pem"),
         ]
-        command += ["--seed", str(seed), "--max-examples", str(int(5 * seconds)), "--request-timeout", "20"]
-        command += ["--max-failures", "5", "--no-color", "--phases", "examples,coverage,fuzzing"]
+        command += ["--seed", str(seed), "--max-time", str(int(seconds)), "--workers", "4", "--request-timeout", "20"]
+        command += ["--max-failures", "5", "--no-color", "--phases", "examples,fuzzing"]
         run = await asyncio.create_subprocess_exec(
             *command, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT, cwd=tmp_path
         )
