@@ -55,7 +55,7 @@ class RouterConfig(ServiceConfig):
 def router(config: RouterConfig) -> None:
     """Runs a router: the mesh's public door, where strategies run."""
     from kvmesh.aio import run, setup_logging
-    from kvmesh.tokenizer import without_torch
+    from services.router.tuning import tune
 
     setup_logging("router", config.log_level)
     if config.workers > 1:
@@ -63,7 +63,7 @@ def router(config: RouterConfig) -> None:
 
         run(workers.serve(config))
         return
+    tune()
     from services.router import main
 
-    without_torch()
     run(main.serve(config))

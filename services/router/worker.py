@@ -51,11 +51,11 @@ async def serve(place: Place) -> None:
 def main() -> None:
     """Runs the worker."""
     from kvmesh.aio import run, setup_logging
-    from kvmesh.tokenizer import without_torch
+    from services.router.tuning import tune
 
     place = Place.load(sys.stdin.readline())
     setup_logging(f"router.{place.number}", place.config.log_level)
-    without_torch()
+    tune()
     run(serve(place))
 
 

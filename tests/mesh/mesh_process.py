@@ -21,7 +21,7 @@ from kvmesh.local import cleanup, launch
 from kvmesh.local.state import MeshDir, MeshState, ProcessId
 
 MARK = "KVMESH_TEST_MARK"
-START_S, STOP_S, SETTLE_S = 240.0, 60.0, 15.0
+START_S, STOP_S, SETTLE_S, GONE_S = 240.0, 60.0, 15.0, 60.0
 SHM = Path("/dev/shm")
 
 
@@ -158,7 +158,7 @@ class RunningMesh:
         for process in self._processes:
             if process.pid == target.pid:
                 process.wait(10)
-        assert cleanup.wait_gone(members, 20), f"of {name} there is left: {cleanup.session_members(leader)}"
+        assert cleanup.wait_gone(members, GONE_S), f"of {name} there is left: {cleanup.session_members(leader)}"
 
     def freeze(self, name: str) -> None:
         """SIGSTOP for all processes of one that runs."""
