@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import decisions, overhead, router, transport
+from benchmarks import decisions, gloo, overhead, restore, router, transport
 
 PARTS = {
     "transport": transport.main,
+    "gloo": gloo.main,
+    "restore": restore.main,
     "overhead": overhead.main,
     "decisions": decisions.main,
     "router": router.main,
     "memory": router.soak,
 }
 # Those that take minutes are run only when they are named.
-LONG = ("memory",)
+LONG = ("memory", "restore")
 
 
 def main() -> None:

@@ -1,13 +1,12 @@
 """How fast gloo moves KV between two processes of this machine, beside plain gloo and plain TCP for the same bytes.
 
-python benchmarks/gloo.py [MIB]
+Chunks are the pieces that a prefill hands over. `python -m benchmarks gloo`.
 """
 
 from __future__ import annotations
 
 import multiprocessing
 import statistics
-import sys
 import threading
 import time
 from multiprocessing.connection import Connection as Pipe
@@ -22,7 +21,7 @@ from kvmesh.dataplane.meet import MeetingPoint, call, pair_store
 from kvmesh.dataplane.pair import PairTransport
 from kvmesh.v1.kv_pb2 import KvPool, Meeting
 
-HOST, ROUNDS = "127.0.0.1", 5
+HOST, ROUNDS, MIB = "127.0.0.1", 5, 128
 # As of a model of 8 billion parameters, 16 of its layers.
 LAYOUT = Layout("0" * 32, "bfloat16", layers=16, heads=8, k_dim=128, v_dim=128, page_size=1)
 CHUNKS = (128, 512, 2048)
@@ -68,7 +67,7 @@ def receiver(pipe: Pipe, rows: int) -> None:
 def main() -> None:
     """Prints a line for each way."""
     torch.set_num_threads(1)
-    count = (int(sys.argv[1]) if len(sys.argv) > 1 else 128) * (1 << 20) // LAYOUT.bytes_per_token
+    count = MIB * (1 << 20) // LAYOUT.bytes_per_token
     rows, size = count + 1, count * LAYOUT.bytes_per_token
     pipe, other = multiprocessing.Pipe()
     process = multiprocessing.get_context("spawn").Process(target=receiver, args=(other, rows), daemon=True)

@@ -58,6 +58,14 @@ class Layout:
         return Layout(**{f.name: getattr(message, f.name) for f in dataclasses.fields(Layout)})
 
 
+def difference(ours: KvLayout, theirs: KvLayout) -> str:
+    """What differs between two layouts of unequal fingerprints, in words; one of them may be incomplete."""
+    names = [field.name for field in dataclasses.fields(Layout)]
+    pairs = [(name, getattr(theirs, name), getattr(ours, name)) for name in names]
+    unequal = [f"{name} is {there} there and {here} here" for name, there, here in pairs if there != here]
+    return ", ".join(unequal) or f"the fingerprint is {theirs.fingerprint} there and {ours.fingerprint} here"
+
+
 def refusal(ours: Layout, theirs: Layout) -> str:
     """Names what differs, in words; empty when KV can be exchanged."""
     a, b = dataclasses.asdict(ours), dataclasses.asdict(theirs)

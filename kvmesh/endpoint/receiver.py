@@ -17,6 +17,7 @@ from kvmesh.endpoint.tickets import Ticket, TicketBook, Writer
 from kvmesh.errors import Aborted, DataLoss, DeadlineExceeded, FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.v1 import kv_pb2 as pb
+from kvmesh.v1.common_pb2 import KvLayout
 from kvmesh.v1.common_pb2 import Ticket as TicketMessage
 
 log = logging.getLogger(__name__)
@@ -65,12 +66,27 @@ class Receiver:
         self._checksum = checksum
         self._tasks = Tasks()
 
-    async def prepare(self, token_ids: list[int], end: int, ttl_ms: int, wait: float, owner: str) -> TicketMessage:
-        """Reserves slots up to `end`, rounded down to a block; waits `wait` seconds for room. Raises MeshError."""
+    async def prepare(
+        self,
+        token_ids: list[int],
+        end: int,
+        ttl_ms: int,
+        wait: float,
+        owner: str,
+        sender_layout: KvLayout | None = None,
+    ) -> TicketMessage:
+        """Reserves slots up to `end`, rounded down to a block; waits `wait` seconds for room. Raises MeshError.
+
+        `sender_layout`: of the KV that is to come, if that is known.
+        """
+        if sender_layout is not None:
+            self._check_layout(sender_layout)
         block = self._holder.block_tokens
         end = end // block * block
         reservation = await self._holder.reserve(token_ids, end, wait)
-        return self._book.open(reservation, end, owner, ttl_ms / 1000)
+        ticket = self._book.open(reservation, end, owner, ttl_ms / 1000)
+        ticket.layout.CopyFrom(self._holder.layout.message())
+        return ticket
 
     def release(self, ticket: TicketMessage) -> bool:
         """Takes a ticket back."""
@@ -81,8 +97,7 @@ class Receiver:
         first = await self._word(requests, "begin")
         begin = first.begin
         ticket = self._book.get(begin.ticket)
-        if difference := refusal(self._holder.layout, Layout.of(begin.layout)):
-            raise FailedPrecondition(f"the sender's KV has another layout: {difference}")
+        self._check_layout(begin.layout)
         same_host = begin.location.host_id == self._host_id
         transport = choose(begin.transports, self._holder.pools, same_host)
         if begin.end % (page := self._holder.layout.page_size):
@@ -117,6 +132,10 @@ class Receiver:
                     self._book.writer_stopped(key)
         # Last: who hears of it may use the ticket at once.
         await context.write(pb.WriteResponse(committed=pb.WriteCommitted(filled=filled)))
+
+    def _check_layout(self, theirs: KvLayout) -> None:
+        if difference := refusal(self._holder.layout, Layout.of(theirs)):
+            raise FailedPrecondition(f"the sender's KV has another layout: {difference}")
 
     async def _stop(self, arrival: Arrival, ticket: Ticket, key: tuple[str, int]) -> None:
         await _end(arrival.task)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 from opentelemetry.trace import Span, SpanKind
 
+from kvmesh.dataplane.layout import difference
 from kvmesh.endpoint.receiver import DEFAULT_TTL_MS, MAX_TTL_MS, MAX_WAIT_MS, MIN_TTL_MS, Receiver
 from kvmesh.endpoint.sender import Sender, Sent
 from kvmesh.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
@@ -97,7 +98,8 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
                 raise InvalidArgument(f"wait_ms = {request.wait_ms} is more than {MAX_WAIT_MS}")
             # A little earlier than the caller's deadline: a clear answer beats none.
             wait = min(request.wait_ms / 1000, time_left(context, REQUEST_S) - 0.05)
-            ticket = await self._receiver.prepare(prompt, end, ttl, wait, request.owner)
+            layout = request.sender_layout if request.HasField("sender_layout") else None
+            ticket = await self._receiver.prepare(prompt, end, ttl, wait, request.owner, layout)
             # A ticket of a caller that has gone already is nobody's.
             if context.cancelled() or context.done():
                 self._receiver.release(ticket)
@@ -121,7 +123,9 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
                 )
             ours = self._holder.layout
             if ticket.layout_fingerprint != ours.fingerprint:
-                raise FailedPrecondition("the receiver's KV has another layout than ours: model, dtype or page size")
+                raise FailedPrecondition(
+                    f"the receiver's KV has another layout: {difference(ours.message(), ticket.layout)}"
+                )
             if begin % ours.page_size or end % ours.page_size:
                 raise InvalidArgument(
                     f"begin = {begin}, end = {end} are no multiples of the page size {ours.page_size}"

@@ -11,6 +11,7 @@ import grpc.aio
 from opentelemetry.trace import Tracer
 
 from kvmesh.aio import Tasks
+from kvmesh.dataplane.layout import difference
 from kvmesh.errors import FailedPrecondition, InvalidArgument, MeshError, NotFound, Unavailable, from_rpc
 from kvmesh.stores import rendezvous
 from kvmesh.strategy import Request
@@ -58,8 +59,10 @@ class ContextMover:
         models = source.info.model.name, target.info.model.name
         if models[0] != models[1]:
             raise NotFound(f"{source.name} has {models[0]}, and {target.name} has {models[1]}")
-        if source.info.layout.fingerprint != target.info.layout.fingerprint:
-            raise FailedPrecondition(f"{source.name} and {target.name} have KV of different layouts")
+        ours, theirs = target.info.layout, source.info.layout
+        if ours.fingerprint != theirs.fingerprint:
+            what = difference(ours, theirs)
+            raise FailedPrecondition(f"{source.name} has KV of another layout than {target.name}: {what}")
 
     async def hottest(self, source: EngineLink, count: int) -> list[tuple[int, ...]]:
         """The contexts that the engine used last. Raises MeshError."""

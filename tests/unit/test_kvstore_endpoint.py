@@ -207,8 +207,10 @@ async def test_bad_input_is_refused_by_name() -> None:
         with pytest.raises(InvalidArgument, match="either token_ids or all"):
             await a.call(a.admin.Evict, pb.EvictRequest())
         ticket = await b.prepare(tokens)
-        with pytest.raises(FailedPrecondition, match="another layout"):
+        with pytest.raises(FailedPrecondition, match="dtype is bfloat16 there and float32 here"):
             await a.send(tokens, ticket)
+        with pytest.raises(FailedPrecondition, match="dtype is float32 there and bfloat16 here"):
+            await b.prepare(tokens, sender_layout=LAYOUT.message())
         # Also when the ticket lies: the receiver looks at the sender's layout itself.
         ticket.layout_fingerprint = LAYOUT.fingerprint
         with pytest.raises(FailedPrecondition, match="dtype is float32 there and bfloat16 here"):

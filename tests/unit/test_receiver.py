@@ -443,12 +443,19 @@ async def test_one_writer_at_a_time(node):
         ({"dtype": "bfloat16"}, "dtype is bfloat16 there and float32 here"),
         ({"model_digest": "1" * 32}, f"model_digest is {'1' * 32} there and {'0' * 32} here"),
         ({"page_size": 16}, "page_size is 16 there and 1 here"),
+        ({"v_dim": 2}, "v_dim is 2 there and 6 here"),
+        ({"ranks": 2, "heads": 1}, "heads is 1 there and 2 here, ranks is 2 there and 1 here"),
     ],
 )
 async def test_another_layout(node, change, says):
-    ticket = await node.prepare(PROMPT)
-    code, details = await Played(node, ticket, layout=dataclasses.replace(TINY, **change)).refused()
-    assert (code, details) == (CODES.FAILED_PRECONDITION, f"the sender's KV has another layout: {says}")
+    other = dataclasses.replace(TINY, **change)
+    refusal = (CODES.FAILED_PRECONDITION, f"the sender's KV has another layout: {says}")
+    # Before anything is reserved, where the sender is known.
+    assert await refused(node.prepare(PROMPT, sender_layout=other.message())) == refusal
+    assert not node.runtime.reservations and not node.book.count
+    ticket = await node.prepare(PROMPT, sender_layout=TINY.message())
+    assert Layout.of(ticket.layout) == TINY
+    assert await Played(node, ticket, layout=other).refused() == refusal
     await node.release(ticket)
 
 

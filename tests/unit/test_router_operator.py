@@ -120,7 +120,7 @@ async def test_what_cannot_be_moved_is_refused_by_name(tmp_path: Path) -> None:
                 await asyncio.sleep(0.02)
         with pytest.raises(NotFound, match="e0 has fake, and e2 has other"):
             await move(h, source="e0", target="e2", **what)
-        with pytest.raises(FailedPrecondition, match="different layouts"):
+        with pytest.raises(FailedPrecondition, match="another layout than e3: model_digest is"):
             await move(h, source="e0", target="e3", **what)
         await h.engines[1].kill()
         async with asyncio.timeout(5):
