@@ -14,6 +14,7 @@ from prometheus_client import CollectorRegistry
 
 from services.engine.cli import engine
 from services.engine.metrics import Totals, register
+from services.kvstore.cli import kvstore
 from services.registry.cli import registry
 from services.router.cli import router
 from services.router.door import Door
@@ -75,7 +76,7 @@ def test_every_service_builds_from_a_stage_that_exists_and_depends_on_services_t
 )
 def test_commands_use_options_that_exist(name: str):
     image = COMPOSE["services"][name]["image"].removeprefix("kvmesh/")
-    command = {"registry": registry, "router": router, "sim": engine, "engine": engine}[image]
+    command = {"registry": registry, "router": router, "sim": engine, "engine": engine, "kvstore": kvstore}[image]
     known = set(OPTIONS.findall(CliRunner().invoke(command, ["--help"]).output))
     assert set(OPTIONS.findall(COMPOSE["services"][name]["command"])) <= known
 
