@@ -59,6 +59,8 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
         self.cached: list[int] = []
         self.faults: dict[str, MeshError] = {}
         self.gates: dict[str, asyncio.Event] = {}
+        # Calls that were cancelled while they waited at a gate.
+        self.cancelled: list[str] = []
         self.generating = 0
         self.sending = 0
         self.step = next_token
@@ -136,7 +138,13 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
         self.metadata.append((method, dict(context.invocation_metadata())))
         await self.changed()
         if (gate := self.gates.get(method)) is not None:
-            await gate.wait()
+            try:
+                await gate.wait()
+            except asyncio.CancelledError:
+                self.cancelled.append(method)
+                raise
+            finally:
+                await self.changed()
         if (fault := self.faults.get(method)) is not None:
             raise fault
 

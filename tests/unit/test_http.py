@@ -280,3 +280,15 @@ async def test_bad_sub_requests(door, path, body, status):
     reply = await door.http.post(f"/v1/microserving/{path}", json=body)
     assert reply.status_code == status, reply.text
     assert reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(("call", "method"), [("prep_recv", "PrepRecv"), ("start_generate", "StartGenerate")])
+async def test_a_client_that_leaves_a_sub_request_cancels_it(door, call, method):
+    engine = door.mesh.engines[1]
+    engine.gates[method] = asyncio.Event()
+    asking = asyncio.create_task(door.http.post(f"/v1/microserving/e1/{call}", json={"token_ids": PROMPT}))
+    await engine.until(lambda: engine.requests(method))
+    asking.cancel()
+    await asyncio.gather(asking, return_exceptions=True)
+    await engine.until(lambda: method in engine.cancelled)
+    await door.mesh.idle()
