@@ -23,7 +23,7 @@ from services.registry.cli import RegistryConfig
 from services.router.cli import RouterConfig
 
 PR_SET_PDEATHSIG = 1
-START_S = 20.0
+START_S = 60.0
 # A server that has loaded everything, and forks: an engine is there in a moment.
 FORKS = multiprocessing.get_context("forkserver")
 
