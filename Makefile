@@ -8,7 +8,7 @@ TESTS ?=
 SEEDS ?= 20
 
 .DEFAULT_GOAL := help
-.PHONY: bench campaign check clean clients cluster demo docs figures format fuzz help lint proto setup test types
+.PHONY: bench campaign check clean clients cluster demo docs figures format fuzz gpu help lint proto setup test types
 
 help: ## Lists the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ clients: ## Builds examples/clients (node and npm; g++ and libgrpc++-dev), and f
 	@npm ci --prefix $(BUILT)/javascript --ignore-scripts --no-audit --no-fund
 	@npm install --prefix $(BUILT)/buf --ignore-scripts --no-audit --no-fund @bufbuild/buf@1.75.0
 	@$(MAKE) --no-print-directory -C examples/clients/cpp OUT=$(BUILT)/cpp
+
+gpu: setup ## Runs the checks that need a GPU: two engines and two processes on one; skipped where there is none.
+	@$(PY) -m pytest tests/gpu -rs
 
 lint: setup ## Looks over the code with ruff.
 	@$(PY) -m ruff check .
