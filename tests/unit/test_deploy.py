@@ -81,6 +81,12 @@ def test_commands_use_options_that_exist(name: str):
     assert set(OPTIONS.findall(COMPOSE["services"][name]["command"])) <= known
 
 
+def test_the_store_has_the_torch_of_the_engines():
+    project = (DEPLOY.parent / "pyproject.toml").read_text()
+    (pin,) = re.findall(r'"(torch==[0-9.]+)"', project)
+    assert pin in (DEPLOY / "Dockerfile").read_text()
+
+
 def test_only_loopback_is_published():
     published = [p for s in COMPOSE["services"].values() for p in s.get("ports", [])]
     assert published and all(p.startswith("127.0.0.1:") for p in published)
