@@ -220,7 +220,7 @@ def test_a_meter_knows_how_much_of_the_time_goes_into_prefilling(monkeypatch):
     busy = meter.pace.busy
     meter.prefilling(-10_000)
     assert meter.pace.busy < busy
-    now += 100
+    now += 1000
     assert meter.pace.busy < 0.001
     meter.prefilling(10**9)
     assert meter.pace.busy == 0.9
