@@ -196,7 +196,14 @@ def draw(points: Points, path: Path) -> None:
 @click.option(
     "--out", required=True, type=click.Path(file_okay=False, path_type=Path), help="Folder for what comes out."
 )
-@click.option("--also", multiple=True, metavar="NAME[,KEY=VALUE]...", help="One more strategy; may be repeated.")
+@click.option(
+    "--also",
+    multiple=True,
+    default=["adaptive"],
+    show_default=True,
+    metavar="NAME[,KEY=VALUE]...",
+    help="One more strategy; may be repeated.",
+)
 @click.option("--seeds", default=3, show_default=True, type=click.IntRange(1, 100), help="Runs of each point.")
 @click.option("--no-plot", is_flag=True, help="Without pictures, which need matplotlib.")
 def main(out: Path, also: tuple[str, ...], seeds: int, no_plot: bool) -> None:

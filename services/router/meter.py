@@ -14,9 +14,7 @@ KEEP = 0.98
 # Below this spread (relative variance of x) the slope cannot be told from the fixed part.
 SPREAD = 0.01
 # Over how long the share of time that goes into prefilling is taken, and its bound.
-RECENT_S, MOST_BUSY = 30.0, 0.9
-# Nothing is known of how busy an engine is that has worked for less.
-LEAST_S = 2.0
+RECENT_S, MOST_BUSY = 10.0, 0.9
 
 
 # Measurements of an engine before they count alone.
@@ -74,7 +72,6 @@ class Meter:
     def __init__(self, together: Paces | None = None) -> None:
         self._recent = 0.0
         self._since = time.monotonic()
-        self._first = math.inf
         self._own, self.together = Paces(), together or Paces()
         self._measured = 0
 
@@ -94,15 +91,12 @@ class Meter:
     def prefilling(self, tokens: int) -> None:
         """So many tokens are to be prefilled there; less than 0: so many turned out to be cached."""
         now = time.monotonic()
-        self._first = min(self._first, now)
         self._recent = max(0.0, self._recent * math.exp((self._since - now) / RECENT_S) + tokens)
         self._since = now
 
     def _busy(self) -> float:
-        now = time.monotonic()
-        tokens = self._recent * math.exp((self._since - now) / RECENT_S)
-        seconds = RECENT_S * (1 - math.exp(-max(LEAST_S, now - self._first) / RECENT_S))
-        return min(MOST_BUSY, _line(self._own.prefill, self.together.prefill).each * tokens / seconds)
+        tokens = self._recent * math.exp((self._since - time.monotonic()) / RECENT_S)
+        return min(MOST_BUSY, _line(self._own.prefill, self.together.prefill).each * tokens / RECENT_S)
 
     def generated(self, usage: GenerateUsage, running: int) -> None:
         """A generation ended well; `running` requests ran there at the time."""
