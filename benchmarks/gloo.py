@@ -104,7 +104,7 @@ def main() -> None:
             show(f"kvmesh, {shape}, chunk {chunk}", times)
     flat = torch.ones(size, dtype=torch.uint8)
     pipe.send(("gloo",))
-    with call(address, "plain", 10) as where:
+    with call(address, "plain", time.monotonic() + 10) as where:
         link = GlooLinks(HOST).join(pair_store(where, 10), 1, 10)
     times = []
     for _ in range(ROUNDS):
@@ -115,7 +115,7 @@ def main() -> None:
     show("plain gloo send", times)
     pipe.send(("tcp",))
     times = []
-    with call(address, "tcp", 10) as where:
+    with call(address, "tcp", time.monotonic() + 10) as where:
         where.settimeout(60)
         for _ in range(ROUNDS):
             began = time.perf_counter()
