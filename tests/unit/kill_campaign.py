@@ -129,8 +129,8 @@ async def one_kill(f: Field, plan: Plan, tally: Tally) -> str:
     watched = asyncio.create_task(_stream(f, "staged", plan.prompt, plan.count, seen, note, plan))
     try:
         async with asyncio.timeout(DEADLINE_S):
-            victim = await _strike(f, plan, note, seen, watched, draw)
-        met = _met(plan, note, seen)
+            victim, had = await _strike(f, plan, note, seen, watched, draw)
+        met = _met(plan, note, had)
         answers = await asyncio.gather(watched, *bystanders)
     finally:
         for task in (watched, *bystanders):
@@ -179,8 +179,8 @@ async def _stream(
 
 async def _strike(
     f: Field, plan: Plan, note: Path, seen: list[int], watched: asyncio.Task[object], draw: random.Random
-) -> str:
-    """Waits for the stage, and kills; the name of the engine."""
+) -> tuple[str, int]:
+    """Waits for the stage, and kills: the name of the engine, and how many tokens had come by then."""
     stage = {"first_token": "start_generate", "mid_decode": "start_generate"}.get(plan.stage, plan.hold or plan.stage)
     names = await anext(aiter(_reached(note, stage, watched)))
     victim = names[plan.victim % len(names)]
@@ -191,9 +191,10 @@ async def _strike(
         await asyncio.sleep(0.001)
     if not plan.tokens:
         await asyncio.sleep(plan.delay)
+    had = len(seen)
     await f.kill(victim, draw)
     _go(note)
-    return victim
+    return victim, had
 
 
 async def _reached(note: Path, stage: str, watched: asyncio.Task[object]) -> AsyncIterator[list[str]]:
@@ -211,8 +212,8 @@ def _go(note: Path) -> None:
     Path(f"{note}.go").touch()
 
 
-def _met(plan: Plan, note: Path, seen: list[int]) -> bool:
-    """Whether the request was in the stage when the engine died."""
+def _met(plan: Plan, note: Path, had: int) -> bool:
+    """Whether the request was in the stage when the engine died; `had` tokens had come."""
     said = [line.split()[0] for line in note.read_text().splitlines()]
     match plan.stage:
         case "prep_recv":
@@ -220,9 +221,9 @@ def _met(plan: Plan, note: Path, seen: list[int]) -> bool:
         case "remote_send":
             return "sent" not in said
         case "first_token":
-            return len(seen) <= 1
+            return had <= 1
         case _:
-            return 0 < len(seen) < plan.count
+            return 0 < had < plan.count
 
 
 class Waiting:
