@@ -102,7 +102,8 @@ def test_bandwidth(ends: Ends, dry: bool, capsys: pytest.CaptureFixture[str]) ->
         device = "cpu" if dry else "cuda"
         plain = [torch.empty(size, dtype=torch.uint8, device=device) for _ in range(2)]
         got, best = rate(send, size), rate(lambda p=plain: p[0].copy_(p[1]), size, settle=True)  # type: ignore[misc]
-        lines.append(f"{ends.name}, {count} tokens a piece, {size / 1e6:.0f} MB: {got:.2f} GB/s; copy {best:.2f} GB/s")
+        name = f"{ends.name} (dry: a CPU)" if dry else ends.name
+        lines.append(f"{name}, {count} tokens, {size / 1e6:.0f} MB: {got:.2f} GB/s; copy {best:.2f} GB/s")
         assert got > 0
     with capsys.disabled():
         print("", *lines, sep="\n")
