@@ -71,36 +71,43 @@ class WriteBack:
             self._rest.set()
             await self._wake.wait()
 
-    async def _remove(self) -> None:
+    async def _remove(self) -> bool:
+        """Whether the files that were to go are gone."""
         doomed, self._index.doomed = self._index.doomed, {}
         if not doomed:
-            return
+            return True
         try:
             await asyncio.to_thread(self._disk.remove, list(doomed))
         except OSError as error:
             # They count on, and are looked for again at the next start.
             self._failed(error)
-            return
+            return False
         self._index.disk_bytes -= sum(doomed.values())
+        return True
 
     async def _write(self) -> None:
         size = self._disk.cost(HEADER_BYTES + self._pool.block_bytes)
         batch: list[Entry] = []
+        planned = 0
         while self._queue and len(batch) < BATCH and (len(batch) + 1) * size <= max(size, BATCH_BYTES):
             entry = self._queue.popleft()
             if entry.block is None:
                 entry.unwritten = False
-            elif self._index.make_disk_room(size, self._disk.limit):
-                # Counted before it is there: the bound holds at every moment.
-                self._index.disk_bytes += size
+            elif self._index.make_disk_room(planned + size, self._disk.limit):
+                planned += size
                 self._index.lock([entry])
                 batch.append(entry)
             else:
                 entry.unwritten = False
         if batch:
-            await self._remove()
             try:
-                await self._write_batch(batch, size)
+                if await self._remove():
+                    # Counted before it is there: the bound holds at every moment.
+                    self._index.disk_bytes += planned
+                    await self._write_batch(batch, size)
+                else:
+                    for entry in batch:
+                        entry.unwritten = False
             finally:
                 self._index.unlock(batch)
         self._on_change()

@@ -135,7 +135,8 @@ class Admission:
             raise _refusal(full, wait)
         last = lower[-1]
         self._forget(lower, last)
-        last.turn.set_exception(_refusal(f"{full}; a more important request came", wait))
+        if not last.turn.done():
+            last.turn.set_exception(_refusal(f"{full}; a more important request came", wait))
 
     def _fits(self, cost: float) -> bool:
         # A request that is larger than the limit runs alone.
@@ -157,6 +158,9 @@ class Admission:
             while queue and self._fits(queue[0].cost):
                 waiter = queue[0]
                 self._forget(queue, waiter)
+                if waiter.turn.done():
+                    # It has left, and has not come to say so yet.
+                    continue
                 self._virtual = max(self._virtual, waiter.tag - waiter.cost)
                 self._begin(waiter.cost)
                 waiter.turn.set_result(None)

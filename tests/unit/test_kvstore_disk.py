@@ -72,6 +72,38 @@ async def test_both_bounds_hold_under_ten_times_their_size(tmp_path: Path) -> No
         assert await sent(a, b, prompt(2, 0)) == 0
 
 
+async def test_what_is_told_stays_in_bounds_while_files_are_removed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[int] = []
+    remove = DiskFolder.remove
+    async with kv_node("a", blocks=16, disk=tmp_path / "kv", disk_blocks=20) as a:
+
+        def slowly(folder: DiskFolder, keys: list[bytes]) -> None:
+            told.append(a.stats.disk_used_bytes)
+            remove(folder, keys)
+
+        monkeypatch.setattr(DiskFolder, "remove", slowly)
+        for key in range(20):
+            await a.fill(prompt(8, key), key)
+        assert await a.store.flush(10)
+    assert len(told) > 5 and max(told) <= 20 * FILE_BYTES
+
+
+async def test_files_that_cannot_be_removed_count_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(_folder: DiskFolder, _keys: list[bytes]) -> None:
+        raise OSError("not today")
+
+    folder = tmp_path / "kv"
+    async with kv_node("a", blocks=4, disk=folder, disk_blocks=8) as a:
+        monkeypatch.setattr(DiskFolder, "remove", fails)
+        for key in range(30):
+            await a.fill(prompt(2, key), key)
+        assert await a.store.flush(5)
+        assert used(folder) <= a.stats.disk_used_bytes <= 8 * FILE_BYTES and a.stats.disk_errors > 0
+        assert await a.match(prompt(2, 29)) == (2 * BLOCK, 2 * BLOCK)
+
+
 async def test_a_restart_finds_everything(tmp_path: Path) -> None:
     folder = tmp_path / "kv"
     async with kv_node("a", disk=folder) as a:

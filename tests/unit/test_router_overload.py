@@ -66,6 +66,32 @@ async def test_so_many_run_and_the_rest_come_in_order():
     assert crowd.admission.waiting == crowd.admission._running == crowd.admission._cost == 0
 
 
+async def test_one_that_leaves_in_the_moment_of_its_turn_takes_no_room():
+    crowd = Crowd(1, 0, 10)
+    for name in "abc":
+        await crowd.come(name)
+    crowd.ends["a"].set()
+    # Both come to run in the next round of the loop: a's end first.
+    crowd.tasks["b"].cancel()
+    await asyncio.wait([crowd.tasks["a"], crowd.tasks["b"]])
+    assert crowd.tasks["a"].exception() is None and crowd.tasks["b"].cancelled()
+    await asyncio.sleep(0)
+    assert crowd.entered == ["a", "c"]
+    await crowd.end("c")
+    assert crowd.admission.waiting == crowd.admission._running == crowd.admission._cost == 0
+
+
+async def test_one_that_leaves_as_a_more_important_one_comes():
+    crowd = Crowd(1, 0, 1)
+    await crowd.come("a")
+    await crowd.come("b", priority=LOW)
+    crowd.tasks["b"].cancel()
+    await crowd.come("c", priority=HIGH)
+    assert crowd.admission.waiting == 1
+    await crowd.end("a")
+    assert await crowd.drain() == ["a", "c"] and crowd.tasks["b"].cancelled()
+
+
 async def test_cost_is_a_limit_too_and_what_is_larger_runs_alone():
     crowd = Crowd(0, 10, 10)
     for name, cost in (("a", 6), ("b", 4), ("c", 50), ("d", 1)):
