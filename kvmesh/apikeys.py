@@ -14,13 +14,13 @@ import logging
 import re
 import secrets
 import time
-import tomllib
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvmesh.config import read_toml
 from kvmesh.errors import InvalidArgument, PermissionDenied, ResourceExhausted, Unauthenticated
 
 log = logging.getLogger(__name__)
@@ -116,14 +116,8 @@ def digest(key: str) -> str:
 
 def read(path: Path) -> dict[str, ApiKey]:
     """Keys by digest. Raises InvalidArgument naming file and entry."""
-    try:
-        content = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise InvalidArgument(f"{path}: {error.strerror}") from None
-    except ValueError as error:
-        raise InvalidArgument(f"{path}: {error}") from None
     keys: dict[str, ApiKey] = {}
-    for name, entry in content.items():
+    for name, entry in read_toml(path).items():
         where = f"{path}: [{name}]"
         if not isinstance(entry, dict):
             raise InvalidArgument(f"{path}: {name} is no table")

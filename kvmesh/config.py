@@ -199,14 +199,19 @@ def _config_option(fields: dict[str, Any], prefix: str) -> Callable[[Callable[..
     )
 
 
-def _read_file(path: Path, table: str, fields: dict[str, Any]) -> dict[str, Any]:
-    """The entries for one service; other tables are for others. Raises InvalidArgument naming file and entry."""
+def read_toml(path: Path) -> dict[str, Any]:
+    """A TOML file's content. Raises InvalidArgument naming the file."""
     try:
-        content = tomllib.loads(path.read_text())
+        return tomllib.loads(path.read_text())
     except OSError as error:
         raise InvalidArgument(f"{path}: {error.strerror}") from error
     except ValueError as error:
         raise InvalidArgument(f"{path}: {error}") from error
+
+
+def _read_file(path: Path, table: str, fields: dict[str, Any]) -> dict[str, Any]:
+    """The entries for one service; other tables are for others. Raises InvalidArgument naming file and entry."""
+    content = read_toml(path)
     own = content.get(table, {})
     if not isinstance(own, dict):
         raise InvalidArgument(f"{path}: {table} is no table")

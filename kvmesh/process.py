@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from dataclasses import dataclass
 
 
@@ -40,3 +41,8 @@ class ProcessRef:
         except (FileNotFoundError, ProcessLookupError, IndexError):
             return False
         return ticks == self.start_ticks and state not in "ZX"
+
+
+def be_nice() -> None:
+    """The calling thread's work must not hold up what it is there for: the computing that copies overlap with."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

@@ -72,8 +72,6 @@ class Transport(abc.ABC):
 
     # As in WriteGrant.transport.
     name: ClassVar[str]
-    # The receiver takes part: each write has a connection of its own, and `accept` has to be called for it.
-    two_sided: ClassVar[bool] = False
 
     @abc.abstractmethod
     def describe(self) -> KvPool:
@@ -87,12 +85,16 @@ class Transport(abc.ABC):
         """Stands for what the calling thread has had the device do so far; None where it is done already."""
         return None
 
+    def close(self) -> None:  # noqa: B027
+        """Ends what `accept` and `connect` have begun."""
+
+
+class TwoSidedTransport(Transport):
+    """The receiver takes part: each write has a connection of its own, and `accept` has to be called for it."""
+
+    @abc.abstractmethod
     def accept(self, meeting: Meeting, slots: Slots, seconds: float, done: Callable[[str], None]) -> Reception:
-        """Two-sided: begins to take what a peer writes at `meeting` into our rows `slots`, for at most `seconds`.
+        """Begins to take what a peer writes at `meeting` into our rows `slots`, for at most `seconds`.
 
         `done` is called once, from another thread, with what went wrong, or nothing when every row has arrived.
         """
-        raise NotImplementedError(f"transport {self.name} is one-sided")
-
-    def close(self) -> None:  # noqa: B027
-        """Ends what `accept` and `connect` have begun."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from hashlib import blake2b
 
 from kvmesh.dataplane.base import Pool
@@ -23,3 +24,13 @@ def checksum(pool: Pool, slots: Slots) -> int:
             rows = tensor.index_select(0, index[at : at + ROWS]).cpu()
             digest.update(rows.view(torch.uint8).numpy())
     return int.from_bytes(digest.digest(), "little")
+
+
+def compare(pool: Pool, slots: Slots, sums: Iterable[tuple[int, int]]) -> str:
+    """Holds rows `slots`, in pieces of (tokens, checksum), against these checksums: what is wrong, or nothing."""
+    at = 0
+    for tokens, wanted in sums:
+        if checksum(pool, slots[at : at + tokens]) != wanted:
+            return f"the KV of tokens {at} to {at + tokens} of the transfer is not what was sent"
+        at += tokens
+    return "" if at == len(slots) else f"checksums are of {at} tokens, not of {len(slots)}"

@@ -10,7 +10,6 @@ A frame is on its way in one buffer while the next is gathered into, or the one 
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import threading
 import time
@@ -18,13 +17,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvmesh.dataplane.base import CannotConnect, Connection, Pool, Reception, Transport
+from kvmesh.dataplane.base import CannotConnect, Connection, Pool, Reception, TwoSidedTransport
 from kvmesh.dataplane.layout import Layout, refusal
 from kvmesh.dataplane.link import RECEIVER, SENDER, IdleLinks, Link, Links
 from kvmesh.dataplane.meet import MeetingPoint, call, pair_store
 from kvmesh.dataplane.slots import Slots
 from kvmesh.dataplane.staging import Frame, FramePool, frame_rows
 from kvmesh.errors import Internal, InvalidArgument, Unavailable
+from kvmesh.process import be_nice
 from kvmesh.v1.kv_pb2 import KvPool, Meeting
 
 if TYPE_CHECKING:
@@ -50,10 +50,8 @@ class Patience:
     stall: float = STALL_S
 
 
-class PairTransport(Transport):
+class PairTransport(TwoSidedTransport):
     """For any pool that torch can index. `host` is the address that peers reach this process at."""
-
-    two_sided = True
 
     def __init__(
         self,
@@ -226,8 +224,7 @@ class PairReception(Reception):
 
     def run(self) -> None:
         """The thread."""
-        # Copies must not hold up what the pool is there for.
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)
+        be_nice()
         error = ""
         try:
             self._receive()

@@ -48,6 +48,17 @@ class Arrival:
     task: asyncio.Task[None]
 
 
+@dataclass(frozen=True, slots=True)
+class Destination:
+    """Where KV is to be sent: `slots` of the receiver's pools, one pool a rank, as its grant says."""
+
+    transport: str
+    pools: Sequence[KvPool]
+    slots: Slots
+    # Whether the receiver is to be told checksums.
+    checksum: bool = False
+
+
 @dataclass(slots=True)
 class SendReport:
     """What a send did; monotonic nanoseconds, 0 when it did not get there."""
@@ -92,17 +103,8 @@ class KvHolder(abc.ABC):
         """Gives back what the reservation still holds. An unknown one is no error."""
 
     @abc.abstractmethod
-    async def send(
-        self,
-        token_ids: Sequence[int],
-        begin: int,
-        end: int,
-        transport: str,
-        peers: Sequence[KvPool],
-        slots: Slots,
-        checksum: bool = False,
-    ) -> SendReport:
-        """Has the KV of token_ids[begin:end) and writes it to `slots` of the peers' pools.
+    async def send(self, token_ids: Sequence[int], begin: int, end: int, to: Destination) -> SendReport:
+        """Has the KV of token_ids[begin:end) and writes it there.
 
         However it ends, nothing is being written any more when it returns or raises; cancelling therefore takes a
         moment. Raises Aborted; CannotConnect when another transport should be tried.

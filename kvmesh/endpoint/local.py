@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Mapping
 
-from kvmesh.dataplane.base import Transport
+from kvmesh.dataplane.base import Transport, TwoSidedTransport
 from kvmesh.dataplane.slots import Slots
 from kvmesh.endpoint.base import Arrival
 from kvmesh.endpoint.pairs import Pairs
@@ -16,7 +16,7 @@ class LocalArrivals:
     """KvHolder.two_sided and KvHolder.accept over `transports`."""
 
     def __init__(self, transports: Mapping[str, Transport]) -> None:
-        self._transports = {name: t for name, t in transports.items() if t.two_sided}
+        self._transports = {name: t for name, t in transports.items() if isinstance(t, TwoSidedTransport)}
         self._pairs = {name: Pairs([t.describe()]) for name, t in self._transports.items()}
 
     def two_sided(self, transport: str) -> bool:

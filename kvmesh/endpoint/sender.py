@@ -16,7 +16,7 @@ import grpc.aio
 from kvmesh.aio import Tasks
 from kvmesh.dataplane.base import CannotConnect
 from kvmesh.dataplane.slots import Slots, from_runs
-from kvmesh.endpoint.base import KvHolder, SendReport
+from kvmesh.endpoint.base import Destination, KvHolder, SendReport
 from kvmesh.errors import Aborted, Internal, MeshError, Unavailable, from_rpc
 from kvmesh.grpcx import channel
 from kvmesh.process import ProcessRef
@@ -208,8 +208,8 @@ class Sender:
     ) -> SendReport:
         """Runs the send for as long as the stream to the receiver lives."""
         checksum = self._checksum or grant.checksum
-        send = self._holder.send(token_ids, begin, end, grant.transport, list(grant.pools), slots, checksum)
-        work = asyncio.ensure_future(send)
+        to = Destination(grant.transport, list(grant.pools), slots, checksum)
+        work = asyncio.ensure_future(self._holder.send(token_ids, begin, end, to))
         limit = grant.max_ms / 1000
         try:
             await asyncio.wait({work, word}, timeout=limit, return_when=asyncio.FIRST_COMPLETED)

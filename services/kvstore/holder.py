@@ -11,7 +11,7 @@ import numpy as np
 
 from kvmesh.dataplane.base import Transport
 from kvmesh.dataplane.slots import Slots
-from kvmesh.endpoint.base import Arrival, KvHolder, Reservation, SendReport
+from kvmesh.endpoint.base import Arrival, Destination, KvHolder, Reservation, SendReport
 from kvmesh.endpoint.local import LocalArrivals
 from kvmesh.errors import Aborted, NotFound, Unavailable
 from kvmesh.process import ProcessRef
@@ -93,16 +93,7 @@ class StoreHolder(KvHolder):
             self._store.give(held.blocks)
             self._store.unlock(held.entries)
 
-    async def send(
-        self,
-        token_ids: Sequence[int],
-        begin: int,
-        end: int,
-        transport: str,
-        peers: Sequence[KvPool],
-        slots: Slots,
-        checksum: bool = False,
-    ) -> SendReport:
+    async def send(self, token_ids: Sequence[int], begin: int, end: int, to: Destination) -> SendReport:
         """Copies blocks that the caller holds in memory."""
         self._check_open()
         size = self._pool.tokens
@@ -115,7 +106,7 @@ class StoreHolder(KvHolder):
         rows = self._pool.rows(blocks[first : -(-end // size)])[begin - first * size : end - first * size]
         self.sending += 1
         try:
-            pieces = await self._mover.copy(transport, peers[0], np.ascontiguousarray(rows), slots, checksum)
+            pieces = await self._mover.copy(np.ascontiguousarray(rows), to)
         finally:
             self.sending -= 1
         return SendReport(cached=end, computed=0, began_ns=began, prefilled_ns=began, pieces=pieces)

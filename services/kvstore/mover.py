@@ -5,19 +5,18 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from kvmesh.dataplane.base import Connection, Pool, Transport
+from kvmesh.dataplane.base import Connection, Pool, Transport, TwoSidedTransport
 from kvmesh.dataplane.checksum import checksum as checksum_of
+from kvmesh.dataplane.checksum import compare
 from kvmesh.dataplane.slots import Slots
-from kvmesh.endpoint.base import Piece
+from kvmesh.dataplane.ways import Ways
+from kvmesh.endpoint.base import Destination, Piece
 from kvmesh.errors import DataLoss, MeshError, Unavailable
 from kvmesh.v1.kv_pb2 import KvPool
 
-# Ways into peers that are kept open; the least recently used one goes first.
-CONNECTIONS = 64
 # A copy takes so many bytes at a time: a cancel waits for one piece.
 PIECE_BYTES = 16 << 20
 # Copies at once that can wait for their peers.
@@ -35,26 +34,23 @@ class Mover:
         self._transports = transports
         self._pool = pool
         self._rows = max(64, PIECE_BYTES // pool.layout.bytes_per_token)
-        self._connections: OrderedDict[bytes, Connection] = OrderedDict()
+        self._ways = Ways()
         self._thread = ThreadPoolExecutor(1, "kvstore-mover", initializer=_alone)
         self._threads = ThreadPoolExecutor(WAITING, "kvstore-send", initializer=_alone)
 
-    async def copy(self, transport: str, peer: KvPool, source: Slots, target: Slots, checksum: bool) -> list[Piece]:
-        """Copies rows `source` of our pool to rows `target` of the peer's. Raises Unavailable.
+    async def copy(self, source: Slots, to: Destination) -> list[Piece]:
+        """Copies rows `source` of our pool to the peer's. Raises Unavailable.
 
         Nothing is being written any more when it returns or raises.
         """
         if not len(source):
             return []
-        way = self._transports[transport]
-        if way.two_sided:
-            return await self._copy_apart(way, peer, source, target, checksum)
+        if isinstance(self._transports[to.transport], TwoSidedTransport):
+            return await self._copy_apart(source, to)
 
         pieces: list[Piece] = []
-        for source_part, target_part in self._parts(source, target):
-            copying = asyncio.get_running_loop().run_in_executor(
-                self._thread, self._copy, way, peer, source_part, target_part, checksum
-            )
+        for source_part, target_part in self._parts(source, to.slots):
+            copying = asyncio.get_running_loop().run_in_executor(self._thread, self._copy, source_part, target_part, to)
             try:
                 pieces.append(await asyncio.shield(copying))
             except asyncio.CancelledError:
@@ -68,12 +64,10 @@ class Mover:
         for at in range(0, len(source), self._rows):
             yield source[at : at + self._rows], target[at : at + self._rows]
 
-    async def _copy_apart(
-        self, way: Transport, peer: KvPool, source: Slots, target: Slots, checksum: bool
-    ) -> list[Piece]:
+    async def _copy_apart(self, source: Slots, to: Destination) -> list[Piece]:
         """Through a two-sided transport. A cancel does not wait for the peer: what is written is written by it."""
         run = asyncio.get_running_loop().run_in_executor
-        connecting = run(self._threads, way.connect, peer)
+        connecting = run(self._threads, self._transports[to.transport].connect, to.pools[0])
         try:
             connection = await asyncio.shield(connecting)
         except asyncio.CancelledError:
@@ -81,8 +75,8 @@ class Mover:
             raise
         pieces: list[Piece] = []
         try:
-            for source_part, target_part in self._parts(source, target):
-                writing = run(self._threads, self._write, connection, source_part, target_part, checksum)
+            for source_part, target_part in self._parts(source, to.slots):
+                writing = run(self._threads, self._write, connection, source_part, target_part, to.checksum)
                 writing.add_done_callback(_seen)
                 pieces.append(await asyncio.shield(writing))
         except BaseException:
@@ -94,27 +88,27 @@ class Mover:
 
     async def verify(self, slots: Slots, sums: Sequence[tuple[int, Sequence[int]]]) -> None:
         """As KvHolder.verify."""
-        loop, at = asyncio.get_running_loop(), 0
-        for tokens, wanted in sums:
-            part = slots[at : at + tokens]
-            if [await loop.run_in_executor(self._thread, checksum_of, self._pool, part)] != list(wanted):
-                raise DataLoss(f"the KV of tokens {at} to {at + tokens} of the transfer is not what was sent")
-            at += tokens
-        if at != len(slots):
-            raise DataLoss(f"checksums are of {at} tokens, not of {len(slots)}")
+        if any(len(ranks) != 1 for _, ranks in sums):
+            raise DataLoss("checksums are not of one rank")
+        pairs = [(tokens, ranks[0]) for tokens, ranks in sums]
+        run = asyncio.get_running_loop().run_in_executor
+        if error := await run(self._thread, compare, self._pool, slots, pairs):
+            raise DataLoss(error)
 
     def forget(self, peers: Sequence[KvPool]) -> None:
         """Closes the ways into these pools."""
         for peer in peers:
-            self._thread.submit(self._close, peer.SerializeToString(deterministic=True))
+            self._thread.submit(self._ways.close, peer.SerializeToString(deterministic=True))
 
-    def _copy(self, way: Transport, peer: KvPool, source: Slots, target: Slots, checksum: bool) -> Piece:
+    def _copy(self, source: Slots, target: Slots, to: Destination) -> Piece:
         """Over a connection that is kept, unless something goes wrong on it."""
+        peer, transport = to.pools[0], self._transports[to.transport]
         name = peer.SerializeToString(deterministic=True)
         try:
-            return self._write(self._connection(way, peer, name), source, target, checksum)
+            connection = self._ways.get(name, lambda: transport.connect(peer))
+            return self._write(connection, source, target, to.checksum)
         except BaseException:
-            self._close(name)
+            self._ways.close(name)
             raise
 
     def _write(self, connection: Connection, source: Slots, target: Slots, checksum: bool) -> Piece:
@@ -129,23 +123,9 @@ class Mover:
         sums = (checksum_of(self._pool, source),) if checksum else ()
         return Piece(begin, end, len(source), count, sums)
 
-    def _connection(self, way: Transport, peer: KvPool, name: bytes) -> Connection:
-        connection = self._connections.get(name)
-        if connection is None:
-            connection = self._connections[name] = way.connect(peer)
-            if len(self._connections) > CONNECTIONS:
-                self._close(next(iter(self._connections)))
-        self._connections.move_to_end(name)
-        return connection
-
-    def _close(self, name: bytes) -> None:
-        if (connection := self._connections.pop(name, None)) is not None:
-            connection.close()
-
     def close(self) -> None:
         """Closes all of them."""
-        for name in list(self._connections):
-            self._thread.submit(self._close, name)
+        self._thread.submit(self._ways.close_all)
         self._thread.shutdown(wait=True)
         # Those that still connect end by their own deadlines.
         self._threads.shutdown(wait=False, cancel_futures=True)

@@ -11,12 +11,13 @@ from typing import Any
 
 import grpc
 import grpc.aio
+from grpc.aio import EOF  # type: ignore[attr-defined]
 
 from kvmesh.aio import Tasks
 from kvmesh.blocks import BLOCK_TOKENS
 from kvmesh.grpcx import channel
 from kvmesh.strategy import Load
-from kvmesh.v1.engine_pb2 import EngineInfo, EngineStatus, LoadReport, WatchStatusRequest
+from kvmesh.v1.engine_pb2 import EngineInfo, LoadReport, WatchStatusRequest
 from kvmesh.v1.engine_pb2_grpc import EngineStub
 from kvmesh.v1.kv_pb2_grpc import KvEndpointStub
 from kvmesh.v1.registry_pb2 import Member
@@ -218,11 +219,10 @@ class EngineLink:
     async def _read_statuses(self) -> bool:
         """Reads one status stream until it ends, or is silent; whether it delivered anything."""
         delivered = False
-        request = WatchStatusRequest(interval_ms=int(BEAT_S * 1000), cache=self._cache is not None)
-        call = self._call = self.engine.WatchStatus(request)
+        call = self._call = self._watch_status()
         try:
             with self.hearing.listening(call.cancel):
-                while isinstance(status := await call.read(), EngineStatus):
+                while (status := await call.read()) is not EOF:
                     self.hearing.heard()
                     self._deliver(status)
                     delivered = True
@@ -235,7 +235,14 @@ class EngineLink:
             self._call = None
             call.cancel()
 
-    def _deliver(self, status: EngineStatus) -> None:
+    def _watch_status(self) -> Any:
+        """Opens the status stream."""
+        return self.engine.WatchStatus(
+            WatchStatusRequest(interval_ms=int(BEAT_S * 1000), cache=self._cache is not None)
+        )
+
+    def _deliver(self, status: Any) -> None:
+        """Takes one of its messages, an EngineStatus."""
         event = status.WhichOneof("event")
         if event == "info":
             self._describe(status.info)

@@ -6,16 +6,17 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from kvmesh.aio import Tasks
 from kvmesh.grpcx import channel
 from kvmesh.membership import Connect
 from kvmesh.v1.engine_pb2 import EngineInfo, LoadReport
-from kvmesh.v1.kvstore_pb2 import StoreInfo, StoreStats, StoreStatus, WatchStoreRequest
+from kvmesh.v1.kvstore_pb2 import StoreInfo, StoreStats, WatchStoreRequest
 from kvmesh.v1.kvstore_pb2_grpc import KvStoreStub
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_KVSTORE, Member
 from kvmesh.v1.router_pb2 import MeshStore
-from services.router.hearing import BEAT_S, cancelled
+from services.router.hearing import BEAT_S
 from services.router.link import EngineLink
 
 log = logging.getLogger(__name__)
@@ -30,24 +31,10 @@ class StoreLink(EngineLink):
         self.about = StoreInfo()
         self.stats = StoreStats()
 
-    async def _read_statuses(self) -> bool:
-        delivered = False
-        call = self.store.WatchStatus(WatchStoreRequest(interval_ms=int(BEAT_S * 1000)))
-        try:
-            with self.hearing.listening(call.cancel):
-                while isinstance(status := await call.read(), StoreStatus):
-                    self.hearing.heard()
-                    self._take(status)
-                    delivered = True
-                return delivered
-        except asyncio.CancelledError:
-            if cancelled() or not self.hearing.silent:
-                raise
-            return delivered
-        finally:
-            call.cancel()
+    def _watch_status(self) -> Any:
+        return self.store.WatchStatus(WatchStoreRequest(interval_ms=int(BEAT_S * 1000)))
 
-    def _take(self, status: StoreStatus) -> None:
+    def _deliver(self, status: Any) -> None:
         if status.HasField("info"):
             about = self.about = status.info
             self._describe(EngineInfo(endpoint=about.endpoint, model=about.model, layout=about.layout))

@@ -15,7 +15,7 @@ import pytest
 import torch
 from holder import LAYOUT, ROWS, Holder, make
 
-from kvmesh.dataplane.base import Connection, Pool, Transport
+from kvmesh.dataplane.base import Connection, Pool, Transport, TwoSidedTransport
 from kvmesh.dataplane.checksum import checksum
 from kvmesh.errors import Unavailable
 from kvmesh.v1.kv_pb2 import KvPool
@@ -37,14 +37,14 @@ class Ends:
     def begin(self, target: np.ndarray) -> tuple[KvPool, Connection]:
         """A connection for one write into these rows."""
         peer = self.holder.peer()
-        if self.transport.two_sided:
+        if isinstance(self.transport, TwoSidedTransport):
             self.holder.ask("accept", meeting=peer.meeting.SerializeToString().hex(), slots=target.tolist())
         return peer, self.transport.connect(peer)
 
     def end(self, connection: Connection) -> str:
         """Lets go; what went wrong at the receiver."""
         connection.close()
-        return self.holder.ask("arrived") if self.transport.two_sided else ""
+        return self.holder.ask("arrived") if isinstance(self.transport, TwoSidedTransport) else ""
 
 
 @pytest.fixture(params=["cuda_ipc", "nccl"])
@@ -115,7 +115,7 @@ def test_a_receiver_that_dies(ends: Ends) -> None:
     peer, connection = ends.begin(target)
     connection.write(target[:300], target[:300])
     ends.holder.kill()
-    if ends.transport.two_sided:
+    if isinstance(ends.transport, TwoSidedTransport):
         with pytest.raises(Unavailable):
             for at in range(300, 2048, 300):
                 connection.write(target[at : at + 300], target[at : at + 300])

@@ -23,6 +23,7 @@ from kvmesh.dataplane.base import Pool
 from kvmesh.dataplane.layout import Layout
 from kvmesh.dataplane.shm import ShmConnection, ShmTransport, create_pool
 from kvmesh.dataplane.slots import Slots
+from kvmesh.endpoint.base import Destination
 from kvmesh.errors import Aborted, FailedPrecondition, MeshError, NotFound, ResourceExhausted, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.v1.common_pb2 import SamplingParams
@@ -576,21 +577,12 @@ class FakeRuntime(Runtime):
 
     # Sending
 
-    async def send(
-        self,
-        token_ids: Sequence[int],
-        begin: int,
-        end: int,
-        transport: str,
-        peers: Sequence[KvPool],
-        slots: Slots,
-        checksum: bool = False,
-    ) -> SendReport:
-        assert transport == "shm" and len(peers) == 1 and len(slots) == end - begin
+    async def send(self, token_ids: Sequence[int], begin: int, end: int, to: Destination) -> SendReport:
+        assert to.transport == "shm" and len(to.pools) == 1 and len(to.slots) == end - begin
+        (peer,), slots = to.pools, to.slots
         self.sending += 1
         self._last += 1
         owner = f"s{self._last}"
-        peer = peers[0]
         key = peer.SerializeToString(deterministic=True)
         self.writes.begin(peer, slots)
         self._users[key] += 1

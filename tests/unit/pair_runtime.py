@@ -16,10 +16,9 @@ from kvmesh.dataplane.checksum import checksum as checksum_of
 from kvmesh.dataplane.gloo import GlooLinks
 from kvmesh.dataplane.pair import PairTransport, Patience
 from kvmesh.dataplane.slots import Slots
-from kvmesh.endpoint.base import Arrival, Piece, SendReport
+from kvmesh.endpoint.base import Arrival, Destination, Piece, SendReport
 from kvmesh.endpoint.local import LocalArrivals
 from kvmesh.errors import Aborted, DataLoss
-from kvmesh.v1.kv_pb2 import KvPool
 
 HOST = "127.0.0.1"
 
@@ -91,16 +90,8 @@ class PairRuntime(FakeRuntime):
             at += tokens
         assert at == len(slots)
 
-    async def send(
-        self,
-        token_ids: Sequence[int],
-        begin: int,
-        end: int,
-        transport: str,
-        peers: Sequence[KvPool],
-        slots: Slots,
-        checksum: bool = False,
-    ) -> SendReport:
+    async def send(self, token_ids: Sequence[int], begin: int, end: int, to: Destination) -> SendReport:
+        transport, peer, slots = to.transport, to.pools[0], to.slots
         self.calls[transport] += 1
         if transport in self.broken:
             raise CannotConnect(f"{transport} is broken on purpose")
@@ -112,14 +103,14 @@ class PairRuntime(FakeRuntime):
         self._changed()
         one_sided = not self.two_sided(transport)
         if one_sided:
-            self.writes.begin(peers[0], slots)
-        connecting = asyncio.ensure_future(asyncio.to_thread(self.transports[transport].connect, peers[0]))
+            self.writes.begin(peer, slots)
+        connecting = asyncio.ensure_future(asyncio.to_thread(self.transports[transport].connect, peer))
         try:
             await asyncio.wait({connecting})
             connection = connecting.result()
             self.made.append(connection)
             try:
-                return await self._send_over(connection, token_ids, begin, end, path, owner, slots, checksum)
+                return await self._send_over(connection, token_ids, begin, end, path, owner, to)
             except BaseException:
                 connection.abort()
                 raise
@@ -129,7 +120,7 @@ class PairRuntime(FakeRuntime):
             self.sending -= 1
             self._lock(path, -1)
             if one_sided:
-                self.writes.end(peers[0], slots)
+                self.writes.end(peer, slots)
 
     async def _send_over(
         self,
@@ -139,8 +130,7 @@ class PairRuntime(FakeRuntime):
         end: int,
         path: list[Node],
         owner: str,
-        slots: Slots,
-        checksum: bool,
+        to: Destination,
     ) -> SendReport:
         size = self.layout.page_size
         cached = len(path) * size
@@ -157,7 +147,9 @@ class PairRuntime(FakeRuntime):
             await self._at("piece")
             part, began = rows[at:upto], time.monotonic_ns()
             sent = np.zeros_like(part) if self.corrupt else part
-            writing = asyncio.ensure_future(asyncio.to_thread(connection.write, sent, slots[at - begin : upto - begin]))
+            writing = asyncio.ensure_future(
+                asyncio.to_thread(connection.write, sent, to.slots[at - begin : upto - begin])
+            )
             try:
                 count = await asyncio.shield(writing)
             except asyncio.CancelledError:
@@ -166,7 +158,7 @@ class PairRuntime(FakeRuntime):
                 writing.exception()
                 raise
             assert self.pool is not None
-            sums = (checksum_of(self.pool, part),) if checksum else ()
+            sums = (checksum_of(self.pool, part),) if to.checksum else ()
             report.pieces.append(Piece(began, time.monotonic_ns(), upto - at, count, sums))
         return report
 

@@ -158,6 +158,11 @@ async def test_ids_are_of_one_length(runtime):
         ({"type": "stop", "matched": "text"}, Ending("stop")),
         ({"type": "length", "length": 3}, Ending("length")),
         ({"type": "abort", "message": "Out of memory"}, Ending("failed", message="Out of memory")),
+        (
+            {"type": "abort", "message": "Failed to compile", "status_code": 400},
+            Ending("failed", message="Failed to compile", refused=True),
+        ),
+        ({"type": "abort", "message": "busy", "status_code": 503}, Ending("failed", message="busy")),
         ({"type": "abort"}, Ending("failed", message="the request was aborted")),
     ],
 )

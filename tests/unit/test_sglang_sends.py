@@ -25,7 +25,8 @@ from sglang_parts import (
     m,
 )
 
-from kvmesh.dataplane.base import Connection, Pool, Transport
+from kvmesh.dataplane import ways
+from kvmesh.dataplane.base import Connection, Pool, Reception, Transport, TwoSidedTransport
 from kvmesh.dataplane.layout import Layout
 from kvmesh.errors import Unavailable
 from kvmesh.v1.common_pb2 import SamplingParams
@@ -397,6 +398,11 @@ class PlayedTransport(Transport):
         return PlayedConnection(self, peer.fd)
 
 
+class PlayedTwoSided(PlayedTransport, TwoSidedTransport):
+    def accept(self, *_: Any) -> Reception:
+        raise AssertionError("only sent through")
+
+
 class PlayedConnection(Connection):
     def __init__(self, transport: PlayedTransport, fd: int) -> None:
         self.transport, self.fd = transport, fd
@@ -414,8 +420,8 @@ class PlayedConnection(Connection):
 class Bench:
     """A copier and its scheduler's side."""
 
-    def __init__(self) -> None:
-        self.transport, self.awake = PlayedTransport(), threading.Event()
+    def __init__(self, transport: PlayedTransport | None = None) -> None:
+        self.transport, self.awake = transport or PlayedTransport(), threading.Event()
         pool = Pool(Layout("0" * 32, "float32", 1, 1, 1, 1, 1), [], [])
         self.copier = Copier({"played": self.transport}, pool, self.awake.set)
 
@@ -475,8 +481,7 @@ def test_what_is_cancelled_is_not_copied():
 
 def test_a_cancel_does_not_wait_for_a_peer_that_cannot_be_reached():
     """Connecting to a dead host takes its time; nothing is being written meanwhile."""
-    bench = Bench()
-    bench.transport.two_sided = True
+    bench = Bench(PlayedTwoSided())
     bench.transport.connecting.clear()
     stream = bench.stream(1)
     bench.copier.open(stream)
@@ -507,9 +512,7 @@ def test_a_peer_is_forgotten_after_what_was_submitted():
 
 
 def test_only_so_many_ways_are_kept_open(monkeypatch):
-    from services.engine.sglang import copier
-
-    monkeypatch.setattr(copier, "CONNECTIONS", 3)
+    monkeypatch.setattr(ways, "MOST", 3)
     bench = Bench()
     streams = [bench.stream(fd) for fd in (1, 2, 3, 1, 4, 5)]
     for stream in streams:

@@ -13,7 +13,7 @@ import zmq
 from sglang.srt.mem_cache.radix_cache import TreeNode
 from sglang.utils import TypeBasedDispatcher
 
-from kvmesh.dataplane.base import Reception
+from kvmesh.dataplane.base import Reception, TwoSidedTransport
 from kvmesh.process import ProcessRef
 from kvmesh.v1.kv_pb2 import Meeting
 from services.engine.sglang import messages as m
@@ -147,6 +147,7 @@ class Agent:
         slots = np.frombuffer(request.slots, np.int64)
         meeting, rid = Meeting.FromString(request.meeting), request.rid
         transport = self._transports[request.transport]
+        assert isinstance(transport, TwoSidedTransport)
         try:
             self._receptions[rid] = transport.accept(
                 meeting, slots, request.seconds, lambda error: self._report(rid, error)

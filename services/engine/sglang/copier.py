@@ -3,23 +3,20 @@
 from __future__ import annotations
 
 import logging
-import os
 import queue
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from kvmesh.dataplane.base import Connection, Pool, Transport
-from kvmesh.dataplane.checksum import checksum
+from kvmesh.dataplane.base import Connection, Pool, Transport, TwoSidedTransport
+from kvmesh.dataplane.checksum import checksum, compare
 from kvmesh.dataplane.slots import Slots
+from kvmesh.dataplane.ways import Ways
+from kvmesh.process import be_nice
 from kvmesh.v1.kv_pb2 import KvPool
 
 log = logging.getLogger(__name__)
-
-# Ways into peers that are kept open; the least recently used one goes first.
-CONNECTIONS = 64
 
 
 @dataclass(eq=False)
@@ -70,8 +67,7 @@ class Copier:
 
     def open(self, stream: Stream) -> None:
         """Before the first `submit`: begins to connect, where connecting takes time."""
-        transport = self._transports.get(stream.transport)
-        if transport is not None and transport.two_sided:
+        if isinstance(self._transports.get(stream.transport), TwoSidedTransport):
             self._lanes[id(stream)] = _Lane(self, stream)
 
     def submit(self, stream: Stream, source: Slots, target: Slots) -> None:
@@ -104,17 +100,9 @@ class Copier:
     def verify(self, slots: Slots, tokens: list[int], sums: list[int], done: Callable[[str], None]) -> None:
         """Compares checksums of our rows, in the shared thread; `done` gets what is wrong."""
 
-        def compare() -> str:
-            at = 0
-            for count, wanted in zip(tokens, sums, strict=True):
-                if checksum(self._pool, slots[at : at + count]) != wanted:
-                    return f"the KV of tokens {at} to {at + count} of the transfer is not what was sent"
-                at += count
-            return "" if at == len(slots) else f"checksums are of {at} tokens, not of {len(slots)}"
-
         def look() -> None:
             try:
-                error = compare()
+                error = compare(self._pool, slots, zip(tokens, sums, strict=True))
             except Exception as failure:
                 log.exception("a checksum failed")
                 error = f"{type(failure).__name__}: {failure}"
@@ -176,34 +164,24 @@ class _Shared:
     def __init__(self, copier: Copier) -> None:
         self._copier = copier
         self.work: queue.SimpleQueue[_Piece | bytes | Callable[[], None]] = queue.SimpleQueue()
-        self._connections: OrderedDict[bytes, Connection] = OrderedDict()
+        self._ways = Ways()
         threading.Thread(target=self._run, name="kvmesh-copier", daemon=True).start()
 
     def _run(self) -> None:
-        _be_nice()
+        be_nice()
         while True:
             work = self.work.get()
             if isinstance(work, bytes):
-                self._close(work)
+                self._ways.close(work)
             elif isinstance(work, _Piece):
-                if not self._copier.copy(work, lambda stream=work.stream: self._connection(stream)):  # type: ignore[misc]
-                    self._close(work.stream.peer)
+                if not self._copier.copy(work, lambda stream=work.stream: self._way(stream)):  # type: ignore[misc]
+                    self._ways.close(work.stream.peer)
                 self._copier.over(work.stream)
             else:
                 work()
 
-    def _connection(self, stream: Stream) -> Connection:
-        connection = self._connections.get(stream.peer)
-        if connection is None:
-            connection = self._connections[stream.peer] = self._copier.connect(stream)
-            if len(self._connections) > CONNECTIONS:
-                self._close(next(iter(self._connections)))
-        self._connections.move_to_end(stream.peer)
-        return connection
-
-    def _close(self, peer: bytes) -> None:
-        if (connection := self._connections.pop(peer, None)) is not None:
-            connection.close()
+    def _way(self, stream: Stream) -> Connection:
+        return self._ways.get(stream.peer, lambda: self._copier.connect(stream))
 
 
 class _Lane:
@@ -249,7 +227,7 @@ class _Lane:
             connection.abort()
 
     def _run(self) -> None:
-        _be_nice()
+        be_nice()
         try:
             connection = self._copier.connect(self._stream)
         except Exception as error:
@@ -283,8 +261,3 @@ class _Lane:
 
 def _no_connection() -> Connection:
     raise AssertionError("a stream with an error copies nothing")
-
-
-def _be_nice() -> None:
-    # Copies must not hold up what they overlap with: the computing of the next chunk.
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), 5)

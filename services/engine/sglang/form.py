@@ -15,8 +15,6 @@ log = logging.getLogger(__name__)
 
 # In a request's custom_params: how many of its last prompt tokens are of the answer.
 GENERATED = "kvmesh_generated"
-# What SGLang says of a form that cannot be compiled begins with one of these.
-REFUSALS = ("Failed to compile", "Grammar preprocessing", "Grammar-based generation", "the form does not")
 _MANAGER = "sglang.srt.constrained.grammar_manager.GrammarManager"
 _XGRAMMAR = "sglang.srt.constrained.xgrammar_backend"
 

@@ -9,6 +9,7 @@ import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import replace
+from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy as np
 from kvmesh.dataplane.base import CannotConnect
 from kvmesh.dataplane.layout import Layout
 from kvmesh.dataplane.slots import Slots
-from kvmesh.endpoint.base import Arrival
+from kvmesh.endpoint.base import Arrival, Destination
 from kvmesh.endpoint.pairs import Pair, Pairs
 from kvmesh.errors import Aborted, DataLoss, FailedPrecondition, MeshError, NotFound, ResourceExhausted, Unavailable
 from kvmesh.process import ProcessRef
@@ -36,7 +37,7 @@ from services.engine.base import (
     RuntimeLoad,
     SendReport,
 )
-from services.engine.sglang.form import GENERATED, REFUSALS
+from services.engine.sglang.form import GENERATED
 from services.engine.sglang.frontend import Frontend, SglangOptions
 
 log = logging.getLogger(__name__)
@@ -232,16 +233,7 @@ class SglangRuntime(Runtime):
         if (stream := self._streams.pop(rid, None)) is not None:
             stream.put(Output(ending=ending))
 
-    async def send(
-        self,
-        token_ids: Sequence[int],
-        begin: int,
-        end: int,
-        transport: str,
-        peers: Sequence[KvPool],
-        slots: Slots,
-        checksum: bool = False,
-    ) -> SendReport:
+    async def send(self, token_ids: Sequence[int], begin: int, end: int, to: Destination) -> SendReport:
         """As the base says."""
         from services.engine.sglang import messages as m
 
@@ -254,10 +246,10 @@ class SglangRuntime(Runtime):
                     ids=array("q", token_ids).tobytes(),
                     begin=begin,
                     end=end,
-                    transport=transport,
-                    peer=peers[0].SerializeToString(deterministic=True),
-                    slots=slots.astype(np.int64).tobytes(),
-                    checksum=checksum,
+                    transport=to.transport,
+                    peer=to.pools[0].SerializeToString(deterministic=True),
+                    slots=to.slots.astype(np.int64).tobytes(),
+                    checksum=to.checksum,
                 )
             )
             try:
@@ -274,7 +266,7 @@ class SglangRuntime(Runtime):
             if reply.aborted:
                 raise Aborted(f"the send was ended: {reply.error}")
             if reply.unconnected:
-                raise CannotConnect(f"the receiver is not reached through {transport}: {reply.error}")
+                raise CannotConnect(f"the receiver is not reached through {to.transport}: {reply.error}")
             raise Unavailable(f"the copy to the receiver failed: {reply.error}")
         quads = [iter(reply.pieces)] * 4
         pieces = [Piece(*quad) for quad in zip(*quads, strict=True)]
@@ -377,7 +369,7 @@ def _ending(reason: dict[str, Any], retractions: int) -> Ending:
     kind = reason["type"]
     if kind == "abort":
         message = str(reason.get("message") or "the request was aborted")
-        refused = message.startswith(REFUSALS)
+        refused = reason.get("status_code") == HTTPStatus.BAD_REQUEST
         return Ending("failed", message=message, retractions=retractions, refused=refused)
     matched = reason.get("matched")
     token = matched if isinstance(matched, int) else None

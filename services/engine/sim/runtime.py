@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from kvmesh.dataplane.slots import Slots
+from kvmesh.endpoint.base import Destination
 from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.v1.common_pb2 import SamplingParams
@@ -149,19 +149,10 @@ class SimRuntime(Runtime):
         self._scheduler.submit(job)
         return outputs
 
-    async def send(
-        self,
-        token_ids: Sequence[int],
-        begin: int,
-        end: int,
-        transport: str,
-        peers: Sequence[KvPool],
-        slots: Slots,
-        checksum: bool = False,
-    ) -> SendReport:
+    async def send(self, token_ids: Sequence[int], begin: int, end: int, to: Destination) -> SendReport:
         """Prefills what is missing, and sends; there is nothing to make a checksum of."""
         self._check()
-        return await self._sends.send(_ids(token_ids), begin, end, peers, slots)
+        return await self._sends.send(_ids(token_ids), begin, end, to.pools, to.slots)
 
     def forget(self, peers: Sequence[KvPool]) -> None:
         """Hangs up."""
