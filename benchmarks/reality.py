@@ -47,8 +47,9 @@ class Reality:
 
     profile: Profile
     records: dict[str, list[list[Record]]]
-    # Seconds from a client's call to the engine's work, of an idle mesh, beyond the engine's own.
+    # Seconds of a call between services, one way; and of a request outside of the engine, on an idle mesh.
     latency: float
+    front: float
 
 
 def load_of(count: int, rate: float, seed: int, round_: int = 0) -> Load:
@@ -63,14 +64,14 @@ def load_of(count: int, rate: float, seed: int, round_: int = 0) -> Load:
 
 
 async def overhead(target: RouterTarget, probe: Probe, seed: int) -> float:
-    """Seconds that a lone request takes to its first token through the router beyond what the engine says of itself."""
+    """Seconds that a lone request takes to its first token through the router beyond the engine's passes."""
     found = []
     for i in range(7):
         ask = Ask(256, 2, (((seed << 48) + i, 256),))
         record = Record(i, 256, asyncio.get_running_loop().time())
         await target.ask(ask, record, 60)
         own = await probe.generate(probe.prompt(256), 2)
-        found.append(record.ttft - own.queue_seconds - own.prefill_seconds)
+        found.append(record.ttft - own.prefill_seconds)
     return max(0.0, median(found))
 
 
@@ -79,7 +80,7 @@ async def real(count: int, rate: float, rounds: int, seed: int) -> Reality:
     options = MeshOptions(name="reality", engines=2, trace_ratio=0.0, http="", kv_tokens=KV_TOKENS)
     model, _ = await asyncio.to_thread(resolve_model, "")
     records: dict[str, list[list[Record]]] = {strategy: [] for strategy in STRATEGIES}
-    together = Measured()
+    measured = Measured()
     async with LocalMesh(MeshDir(options.name), str(model)) as mesh:
         arguments = ["--chunk-tokens", str(CHUNK_TOKENS)]
         await mesh.start(stages(options, Path(model), arguments), options.start_timeout)
@@ -93,25 +94,24 @@ async def real(count: int, rate: float, rounds: int, seed: int) -> Reality:
             # The first passes of each shape are slow, in any of the processes.
             for probe in probes:
                 await measure(probe, None, dataclasses.replace(PLAN, batches=(1, 4)), lambda said: None)
-            latency = []
+            fronts = []
             for round_ in range(rounds):
                 part = await measure(probes[0], probes[1], PLAN, lambda said: None)
-                together.prefill += part.prefill
-                together.decode += part.decode
-                together.sends += part.sends
-                latency.append(await overhead(targets["data_parallel"], probes[0], round_ + 1))
+                measured.add(part)
+                fronts.append(await overhead(targets["data_parallel"], probes[0], round_ + 1))
                 for n, (strategy, target) in enumerate(targets.items()):
                     got = await run_load(target, load_of(count, rate, seed, 1 + n + round_ * len(targets)))
                     records[strategy].append(got[WARMUP:])
                     failed = [r.error for r in got if r.error]
                     click.echo(f"round {round_ + 1}, {strategy}: {len(failed)} failed {set(failed) or ''}", err=True)
-            profile = fit("this-machine", probes[0].info, together, PLAN)
+            profile = fit("this-machine", probes[0].info, measured, PLAN)
         finally:
             for probe in probes:
                 await probe.close()
             for target in targets.values():
                 await target.close()
-    return Reality(profile, records, median(latency))
+    latency = median(measured.calls) / 2
+    return Reality(profile, records, latency, max(0.0, median(fronts) - latency))
 
 
 def times(rounds: list[list[Record]], measure_: str) -> np.ndarray:  # type: ignore[type-arg]
@@ -127,8 +127,9 @@ def compare(reality: Reality, count: int, rate: float, seed: int) -> list[str]:
         f"{'':<16}{'':<6}{'real p50':>10}{'simulated':>11}{'differ':>8}{'real p90':>10}{'simulated':>11}  correlation"
     ]
     for strategy, rounds in reality.records.items():
+        load = load_of(count, rate, seed)
         outcome = simulate(
-            reality.profile, 2, Choice.parse(strategy), load_of(count, rate, seed), seed, reality.latency
+            reality.profile, 2, Choice.parse(strategy), load, seed, latency=reality.latency, front=reality.front
         )
         for name in ("ttft", "tpot", "jct"):
             ours, theirs = times([outcome.records[WARMUP:]], name), times(rounds, name)
@@ -161,9 +162,10 @@ def main(requests: int, rate: float, rounds: int, seed: int, output: Path | None
         f"load of the machine before and after: {busy:.1f}, {os.getloadavg()[0]:.1f}; {os.cpu_count()} processors"
     )
     click.echo(
-        f"prefill {1000 * p.prefill.base:.1f} ms a pass and {1e6 * p.prefill.per_token:.0f} µs a token; a decode step "
-        f"{1000 * p.decode.base:.1f} ms and {1000 * p.decode.per_request:.2f} ms a request; "
-        f"{1000 * reality.latency:.1f} ms on the way"
+        f"fitted: prefills within {100 * p.fitted['prefill_error']:.0f} %, steps within "
+        f"{100 * p.fitted['decode_error']:.0f} %; {100 * p.contention:.0f} % longer beside another engine; "
+        f"a send {1000 * p.transfer.latency:.1f} ms and its bytes; a call {1000 * reality.latency:.1f} ms one way; "
+        f"{1000 * reality.front:.1f} ms in front of the engines"
     )
     click.echo("\n".join(compare(reality, requests, rate, seed)))
 

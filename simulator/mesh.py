@@ -31,6 +31,7 @@ from services.engine.sim.faults import Faults
 from services.engine.sim.peers import LocalPeers
 from services.engine.sim.profile import Profile
 from services.engine.sim.runtime import SimRuntime
+from services.engine.sim.scheduler import Host
 from services.engine.status import PERIOD_S, Status
 from services.router.admission import Admission
 from services.router.board import StrategyBoard, catalog
@@ -40,7 +41,7 @@ from services.router.runtime import Runtime as RouterRuntime
 from services.router.view import MeshView
 from simulator.network import Network
 
-HOST = "simulated"
+HOST_ID = "simulated"
 # Decode steps that are handed out together while nothing else happens.
 SPAN = 64
 
@@ -56,12 +57,26 @@ class Node:
     """One engine: all of the engine service, over a simulated runtime, without a server."""
 
     def __init__(
-        self, name: str, profile: Profile, network: Network, peers: LocalPeers, arithmetic: Arithmetic, seed: int
+        self,
+        name: str,
+        profile: Profile,
+        network: Network,
+        peers: LocalPeers,
+        arithmetic: Arithmetic,
+        seed: int,
+        host: Host,
     ) -> None:
         self.name = name
         self.faults = Faults()
         self.runtime = SimRuntime(
-            profile, peers, faults=self.faults, seed=seed, now=time.monotonic, span=SPAN, arithmetic=arithmetic
+            profile,
+            peers,
+            faults=self.faults,
+            seed=seed,
+            now=time.monotonic,
+            span=SPAN,
+            arithmetic=arithmetic,
+            host=host,
         )
         self._network = network
         self._profile = profile
@@ -76,8 +91,8 @@ class Node:
         await runtime.start()
         self.info = describe(self.endpoint, runtime, self._profile.model.name, "")
         self.book = TicketBook(self.endpoint, runtime.layout.fingerprint, runtime.free)
-        receiver = Receiver(runtime, self.book, HOST)
-        sender = Sender(self.endpoint, runtime, HOST, self._network.channel)
+        receiver = Receiver(runtime, self.book, HOST_ID)
+        sender = Sender(self.endpoint, runtime, HOST_ID, self._network.channel)
         self.status = Status(self.info, runtime, self.book)
         tokenizers = cast("Tokenizers", NoTokenizers())
         telemetry = Telemetry("engine", self.name, TraceConfig(trace_ratio=0))
@@ -95,7 +110,7 @@ class Node:
     @property
     def member(self) -> Member:
         """As in the registry."""
-        return Member(endpoint=self.endpoint, kind=MEMBER_KIND_ENGINE, host_id=HOST)
+        return Member(endpoint=self.endpoint, kind=MEMBER_KIND_ENGINE, host_id=HOST_ID)
 
 
 class SimLink(EngineLink):
@@ -150,15 +165,24 @@ class SimLink(EngineLink):
 
 
 class SimMesh:
-    """A router over `count` engines of one profile. `latency`: of a call between services, one way, in seconds."""
+    """A router over `count` engines of one profile.
 
-    def __init__(self, profile: Profile, count: int, seed: int = 0, latency: float = 0.0005) -> None:
+    In seconds, `latency`: of a call between services, one way; `front`: what a request spends outside of the engines
+    besides, on its way from the client and back.
+    """
+
+    def __init__(
+        self, profile: Profile, count: int, seed: int = 0, latency: float = 0.0005, front: float = 0.0
+    ) -> None:
         self.profile = profile
+        self.front = front
         self._network = Network(latency)
         peers = LocalPeers()
         arithmetic = Arithmetic(profile.model.context_length)
+        host = Host()
         self.nodes = [
-            Node(f"engine-{i}", profile, self._network, peers, arithmetic, seed * 100_003 + i) for i in range(count)
+            Node(f"engine-{i}", profile, self._network, peers, arithmetic, seed * 100_003 + i, host)
+            for i in range(count)
         ]
         self._stack = AsyncExitStack()
 
@@ -225,6 +249,8 @@ class MeshTarget:
             elif message.HasField("done"):
                 record.cached_tokens = not_prefilled(ask.prompt_tokens, message.done.shares)
 
+        if self._mesh.front:
+            await asyncio.sleep(self._mesh.front)
         await self._mesh.door.generate(request, None, timeout, take)
 
     async def close(self) -> None:

@@ -48,16 +48,22 @@ class Outcome:
 
 
 def simulate(
-    profile: Profile, engines: int, choice: Choice, load: Load, seed: int = 0, latency: float = 0.0005
+    profile: Profile,
+    engines: int,
+    choice: Choice,
+    load: Load,
+    seed: int = 0,
+    latency: float = 0.0005,
+    front: float = 0.0,
 ) -> Outcome:
-    """Runs it; the same at the same seed."""
+    """Runs it; the same at the same seed. `latency` and `front` as SimMesh has them."""
     random.seed(seed)
     gc.collect()
     began = time.perf_counter()
 
     async def whole() -> tuple[list[Record], float]:
         start = time.monotonic()
-        async with SimMesh(profile, engines, seed, latency) as mesh:
+        async with SimMesh(profile, engines, seed, latency, front) as mesh:
             # What has been made up to here stays: to look through it for garbage, again and again, is of no use.
             gc.freeze()
             records = await run_load(MeshTarget(mesh, choice.strategy, choice.params), load)

@@ -1,6 +1,7 @@
 """Simulated engines in a real mesh: registry, router, tickets, transfers, faults."""
 
 import asyncio
+import dataclasses
 import os
 import random
 import signal
@@ -289,7 +290,8 @@ async def test_an_engine_is_measured(tmp_path):
         found = fit("found", probes[0].info, measured, plan)
         for probe in probes:
             await probe.close()
-    assert [n for n, _ in measured.prefill] == [64, 512, 1024] and len(said) == 8
+    assert [part[:2] for part in measured.prefill] == [span for n in (64, 512, 1024) for span in ((0, n), (n, n + 1))]
+    assert len(measured.calls) == 3 and len(measured.together) == 4 and len(said) == 9
     assert [(b, round(kv)) for b, kv, _ in measured.decode] == [(1, 80), (1, 528), (4, 322), (4, 2114)]
     assert [size for size, _ in measured.sends] == [n * given.bytes_per_token for n in (64, 512, 1024)]
     assert all(t > 0.003 for *_, t in (*measured.prefill, *measured.decode))
@@ -303,15 +305,18 @@ def test_a_fit_finds_what_was_given():
     from services.engine.sim.profile import load_profile
 
     given = load_profile("tiny-cpu")
+    given = dataclasses.replace(given, prefill=dataclasses.replace(given.prefill, per_end_squared=3e-9))
     plan = Plan((64, 300, 1024, 4096), (1, 2, 8), 1, 512)
 
     def prefill(n):
         return sum(given.prefill_seconds([(b, min(b + 512, n))]) for b in range(0, n, 512))
 
     measured = Measured(
-        [(n, prefill(n)) for n in plan.lengths],
+        [(0, n, prefill(n)) for n in plan.lengths]
+        + [(n, n + 1, given.prefill_seconds([(n, n + 1)])) for n in plan.lengths],
         [(b, b * kv, given.decode_seconds(b, b * kv)) for b in plan.batches for kv in (100, 2000)],
         [(n, 0.002 + n / 3e9) for n in (1000, 10**6, 10**8)],
+        together=[1.3, 1.1, 1.2],
     )
     info = engine_pb2.EngineInfo(layout=given.layout.message(), total_slots=1000, device="cpu", runtime="r")
     info.model.name, info.model.vocab_size, info.model.context_length = "m", 384, 8192
@@ -321,6 +326,7 @@ def test_a_fit_finds_what_was_given():
         for name in was.__dataclass_fields__:
             assert getattr(now, name) == pytest.approx(getattr(was, name), rel=1e-4), (part, name)
     assert found.transfer.bytes_per_second == pytest.approx(3e9, rel=1e-4) and found.fitted["prefill_error"] < 1e-6
+    assert found.contention == pytest.approx(0.2)
     # Nothing is below 0, whatever was measured.
-    odd = Measured([(64, 0.02), (128, 0.01), (512, 0.01)], measured.decode, [])
+    odd = Measured([(0, 64, 0.02), (0, 128, 0.01), (0, 512, 0.01)], measured.decode, [])
     assert min(fit("f", info, odd, plan).prefill.__dict__.values()) >= 0

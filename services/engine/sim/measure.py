@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import random
+import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from statistics import median
 from typing import Any
 
@@ -37,11 +38,23 @@ class Plan:
 
 @dataclass
 class Measured:
-    """Prefills: (tokens, seconds); steps: (requests, tokens of their contexts, seconds); sends: (bytes, seconds)."""
+    """Times in seconds.
 
-    prefill: list[tuple[int, float]] = field(default_factory=list)
+    `prefill`: of tokens (begin, end, seconds) of a prompt; `decode`: of a step of (requests, tokens of their contexts,
+    seconds); `sends`: of the KV of cached prompts, (bytes, seconds); `calls`: of the shortest call there and back;
+    `together`: how many times as long something takes while another engine computes.
+    """
+
+    prefill: list[tuple[int, int, float]] = field(default_factory=list)
     decode: list[tuple[int, float, float]] = field(default_factory=list)
     sends: list[tuple[int, float]] = field(default_factory=list)
+    calls: list[float] = field(default_factory=list)
+    together: list[float] = field(default_factory=list)
+
+    def add(self, other: Measured) -> None:
+        """What was measured at another time."""
+        for entry in fields(Measured):
+            getattr(self, entry.name).extend(getattr(other, entry.name))
 
 
 class Probe:
@@ -86,28 +99,41 @@ class Probe:
             raise from_rpc(error, self._address) from error
         raise Internal(f"{self._address} ended a generation without a last word")
 
-    async def send(self, prompt: Sequence[int], receiver: Probe) -> kv_pb2.RemoteSendResponse:
-        """Sends the KV of the whole prompt. Raises MeshError."""
+    async def send(self, prompt: Sequence[int], receiver: Probe) -> tuple[int, float, float]:
+        """Sends the KV of the whole prompt: (bytes, seconds, seconds of a call without work). Raises MeshError."""
         try:
             ready = kv_pb2.PrepRecvRequest(token_ids=prompt, end=len(prompt), wait_ms=5000)
             ticket = (await receiver._kv.PrepRecv(ready, timeout=CALL_S)).ticket
             request = kv_pb2.RemoteSendRequest(token_ids=prompt, begin=ticket.matched, end=len(prompt), ticket=ticket)
             try:
-                return await self._kv.RemoteSend(request, timeout=CALL_S)  # type: ignore[no-any-return]
+                began = time.monotonic()
+                reply = await self._kv.RemoteSend(request, timeout=CALL_S)
+                took = time.monotonic() - began
             finally:
+                began = time.monotonic()
                 await receiver._kv.Release(kv_pb2.ReleaseRequest(ticket=ticket), timeout=10)
+                call = time.monotonic() - began
         except grpc.aio.AioRpcError as error:
             raise from_rpc(error, self._address) from error
+        return reply.sent_bytes, took, call
 
 
 async def measure(probe: Probe, receiver: Probe | None, plan: Plan, say: Callable[[str], None]) -> Measured:
-    """Runs the plan on an engine that nobody else uses; `receiver` is another engine, for the rate of transfers."""
+    """Runs the plan on an engine that nobody else uses.
+
+    `receiver` is another such engine, for the rate of transfers and for what two take from each other.
+    """
     result = Measured()
     await probe.generate(probe.prompt(min(plan.lengths)), 4)
     for length in plan.lengths:
-        times = [(await probe.generate(probe.prompt(length), 1)).prefill_seconds for _ in range(plan.repeats)]
-        result.prefill.append((length, median(times)))
-        say(f"prefill of {length} tokens: {1000 * median(times):.1f} ms")
+        whole, one = [], []
+        for _ in range(plan.repeats):
+            prompt = probe.prompt(length)
+            whole.append((await probe.generate(prompt, 1)).prefill_seconds)
+            # With all of the prompt in the cache.
+            one.append((await probe.generate([*prompt, *probe.prompt(1)], 1)).prefill_seconds)
+        result.prefill += [(0, length, median(whole)), (length, length + 1, median(one))]
+        say(f"prefill of {length} tokens: {1000 * median(whole):.1f} ms, of one more: {1000 * median(one):.1f} ms")
     for batch in plan.batches:
         for length in (plan.lengths[0], plan.lengths[len(plan.lengths) // 2]):
             prompts = [probe.prompt(length) for _ in range(batch)]
@@ -123,18 +149,52 @@ async def measure(probe: Probe, receiver: Probe | None, plan: Plan, say: Callabl
             for _ in range(plan.repeats):
                 prompt = probe.prompt(length)
                 await probe.generate(prompt, 1)
-                reply = await probe.send(prompt, receiver)
-                result.sends.append((reply.sent_bytes, reply.send_seconds))
+                size, took, call = await probe.send(prompt, receiver)
+                # There, back, and to the receiver: what the services between them cost is counted as calls.
+                result.sends.append((size, max(0.0, took - 1.5 * call)))
+                result.calls.append(call)
         say(f"{len(result.sends)} transfers of up to {max(b for b, _ in result.sends) / 1e6:.1f} MB")
+        for _ in range(plan.repeats):
+            result.together += await _together(probe, receiver, plan)
+        say(f"beside another engine that computes: {median(result.together):.2f} times as long")
     return result
+
+
+async def _together(probe: Probe, other: Probe, plan: Plan) -> list[float]:
+    """How many times as long a prefill and a decode step of `probe` take while `other` prefills, and decodes."""
+    length, short = plan.lengths[len(plan.lengths) // 2], plan.lengths[0]
+
+    async def prefill() -> float:
+        return median([(await probe.generate(probe.prompt(length), 1)).prefill_seconds for _ in range(3)])
+
+    async def decode() -> float:
+        return (await probe.generate(probe.prompt(short), 2 * STEPS)).decode_seconds
+
+    async def busy(tokens: int) -> None:
+        while True:
+            await other.generate(other.prompt(length if tokens == 1 else short), tokens)
+
+    ratios = []
+    for measured in (prefill, decode):
+        alone = await measured()
+        for tokens in (1, STEPS):
+            load = asyncio.ensure_future(busy(tokens))
+            try:
+                ratios.append(await measured() / max(alone, 1e-9))
+            finally:
+                load.cancel()
+                await asyncio.wait({load})
+            # A failure of the other engine is one of the measurement.
+            if not load.cancelled():
+                load.result()
+    return ratios
 
 
 def fit(name: str, info: engine_pb2.EngineInfo, measured: Measured, plan: Plan) -> Profile:
     """The profile that comes closest, no part of it negative. Raises FailedPrecondition when it fits nothing."""
-    lengths = np.array([n for n, _ in measured.prefill], float)
-    passes = np.ceil(lengths / plan.chunk_tokens)
-    sizes = np.stack([passes, lengths, lengths**2], 1)
-    base, each, square = nonnegative(sizes, [t for _, t in measured.prefill])
+    sizes = np.array([_sizes(begin, end, plan.chunk_tokens) for begin, end, _ in measured.prefill], float)
+    times = [t for *_, t in measured.prefill]
+    base, each, square, end_square = nonnegative(sizes, times)
     requests = np.array([(1, b, kv) for b, kv, _ in measured.decode], float)
     step, one, kv = nonnegative(requests, [t for _, _, t in measured.decode])
     if base + each <= 0 or step + one <= 0:
@@ -160,15 +220,22 @@ def fit(name: str, info: engine_pb2.EngineInfo, measured: Measured, plan: Plan) 
             ranks=layout.ranks,
             eos_token_ids=tuple(info.model.eos_token_ids),
         ),
-        prefill=Prefill(base, each, square),
+        prefill=Prefill(base, each, square, end_square),
         decode=Decode(step, one, kv),
         batching=Batching(info.total_slots, plan.chunk_tokens, plan.max_running),
         transfer=Transfer(rate, latency),
+        contention=max(0.0, float(median(measured.together)) - 1) if measured.together else 0.0,
         fitted={
-            "prefill_error": _error([t for _, t in measured.prefill], sizes @ [base, each, square]),
+            "prefill_error": _error(times, sizes @ [base, each, square, end_square]),
             "decode_error": _error([t for _, _, t in measured.decode], requests @ [step, one, kv]),
         },
     )
+
+
+def _sizes(begin: int, end: int, chunk: int) -> list[int]:
+    """What stands beside each number of Prefill, of a prefill in passes of `chunk` tokens."""
+    ends = [*range(begin + chunk, end, chunk), end]
+    return [len(ends), end - begin, end**2 - begin**2, sum(e**2 for e in ends)]
 
 
 def _error(values: Sequence[float], fitted: npt.NDArray[np.float64]) -> float:

@@ -34,11 +34,16 @@ class ModelShape:
 
 @dataclass(frozen=True)
 class Prefill:
-    """Seconds for a pass over tokens [p:q) of a prompt: base + per_token (q - p) + per_token_squared (q² - p²)."""
+    """Seconds of a pass over tokens [p:q):
+
+    base + per_token (q - p) + per_token_squared (q² - p²) + per_end_squared q². The last is of back ends that compute
+    the attention of the tokens before the pass again: SGLang's torch_native, which serves on processors.
+    """
 
     base: float
     per_token: float
     per_token_squared: float = 0.0
+    per_end_squared: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -76,7 +81,11 @@ class Transfer:
 
 @dataclass(frozen=True)
 class Profile:
-    """All of it. `jitter`: relative standard deviation of a step's time."""
+    """All of it. `jitter`: relative standard deviation of a step's time.
+
+    `contention`: the share by which each other engine of a simulation that computes makes a step longer, when the step
+    begins: engines on one machine's processors.
+    """
 
     name: str
     device: str
@@ -87,6 +96,7 @@ class Profile:
     transfer: Transfer
     note: str = ""
     jitter: float = 0.0
+    contention: float = 0.0
     fitted: dict[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -107,7 +117,9 @@ class Profile:
     def prefill_seconds(self, chunks: list[tuple[int, int]]) -> float:
         """One pass over these [begin, end)."""
         p = self.prefill
-        return p.base + sum((e - b) * p.per_token + (e * e - b * b) * p.per_token_squared for b, e in chunks)
+        return p.base + sum(
+            (e - b) * p.per_token + (e * e - b * b) * p.per_token_squared + e * e * p.per_end_squared for b, e in chunks
+        )
 
     def decode_seconds(self, requests: int, kv_tokens: int) -> float:
         """One step of so many requests, whose contexts have `kv_tokens` in sum."""
@@ -158,7 +170,7 @@ def _check(p: Profile) -> None:
     for name, count in counts.items():
         if count < 1:
             raise InvalidArgument(f"profile {p.name}: {name} = {count} is not 1 or more")
-    times = {"jitter": p.jitter, "transfer.latency": p.transfer.latency}
+    times = {"jitter": p.jitter, "contention": p.contention, "transfer.latency": p.transfer.latency}
     for part in ("prefill", "decode"):
         times |= {f"{part}.{k}": v for k, v in dataclasses.asdict(getattr(p, part)).items()}
     for name, value in times.items():

@@ -22,7 +22,7 @@ from services.engine.sim.kv import KvCache
 from services.engine.sim.links import Link
 from services.engine.sim.peers import TRANSPORT, Inbox, Peers
 from services.engine.sim.profile import Profile
-from services.engine.sim.scheduler import Scheduler
+from services.engine.sim.scheduler import Host, Scheduler
 from services.engine.sim.sends import Sends
 
 
@@ -30,7 +30,7 @@ class SimRuntime(Runtime):
     """One simulated engine. `now` is the event loop's clock, in seconds; `seed` makes its jitter repeatable.
 
     `span`: decode steps that may be handed out together when nothing else happens; 1 is token by token. `faults` may
-    be changed at any time; call `faults_changed` then.
+    be changed at any time; call `faults_changed` then. `host`: of the engines that share processors.
     """
 
     def __init__(
@@ -43,6 +43,7 @@ class SimRuntime(Runtime):
         now: Callable[[], float] = time.monotonic,
         span: int = 1,
         arithmetic: Arithmetic | None = None,
+        host: Host | None = None,
     ) -> None:
         m = profile.model
         self.profile = profile
@@ -61,7 +62,7 @@ class SimRuntime(Runtime):
         self._rng = random.Random(seed)
         self._cache = KvCache(profile.batching.kv_tokens)
         self._scheduler = Scheduler(
-            profile, self._cache, arithmetic or Arithmetic(m.context_length), self.faults, self._rng, now, span
+            profile, self._cache, arithmetic or Arithmetic(m.context_length), self.faults, self._rng, now, span, host
         )
         link, into = (Link(profile.transfer.bytes_per_second, now) for _ in range(2))
         self._inbox = Inbox(self._cache, into)

@@ -31,6 +31,13 @@ LAG_S = 0.25
 
 
 @dataclass(slots=True)
+class Host:
+    """What engines of one simulation share: `busy` of them have a step under way."""
+
+    busy: int = 0
+
+
+@dataclass(slots=True)
 class _Step:
     """Under way from `began` to `ends`: passes over `chunks`, and `count` decode steps of `decodes`."""
 
@@ -45,7 +52,10 @@ class _Step:
 
 
 class Scheduler:
-    """One engine's. `now` is the loop's clock in seconds; `span` the most decode steps taken as one."""
+    """One engine's. `now` is the loop's clock in seconds; `span` the most decode steps taken as one.
+
+    With contention the other engines of `host` count anew at each step.
+    """
 
     def __init__(
         self,
@@ -56,14 +66,16 @@ class Scheduler:
         rng: random.Random,
         now: Callable[[], float],
         span: int = 1,
+        host: Host | None = None,
     ) -> None:
         self._profile = profile
+        self._host = host or Host()
         self._cache = cache
         self._arithmetic = arithmetic
         self._faults = faults
         self._rng = rng
         self._now = now
-        self._span = span
+        self._span = 1 if profile.contention else span
         self.reservations = Reservations(cache, self._headroom)
         self._waiting: deque[Job] = deque()
         # Begun, and not all prefilled: one at most is in the middle of its prompt.
@@ -127,7 +139,7 @@ class Scheduler:
         self._stopped = self._stopped or why
         if self._step is not None and self._step.timer is not None:
             self._step.timer.cancel()
-        self._step = None
+        self._over()
         for job in (*self._waiting, *self._prefilling, *self._running):
             job.leave(self._cache, keep=False)
             job.finish(Ending("failed", message=why))
@@ -161,7 +173,7 @@ class Scheduler:
     def _begin(self) -> None:
         """The next step, if there is anything to do."""
         self.reservations.retry()
-        self._step = None
+        self._over()
         if self._faults.hang:
             self.on_load()
             return
@@ -173,13 +185,20 @@ class Scheduler:
             # The last that ran made room for others.
             self._choose_chunks(step)
         if step.chunks or step.decodes:
-            self._step = step
             self._set_end(step)
+            self._step = step
+            self._host.busy += 1
             for job in (*step.chunks, *step.decodes):
                 job.busy = True
             now = self._now()
             step.timer = asyncio.get_running_loop().call_later(max(0.0, step.ends - now), self._end)
         self.on_load()
+
+    def _over(self) -> None:
+        """No step is under way."""
+        if self._step is not None:
+            self._step = None
+            self._host.busy -= 1
 
     def _choose_chunks(self, step: _Step) -> None:
         budget = self._profile.batching.chunk_tokens
@@ -273,7 +292,7 @@ class Scheduler:
 
     def _set_end(self, step: _Step) -> None:
         p = self._profile
-        factor = self._faults.slow
+        factor = self._faults.slow * (1 + p.contention * self._host.busy)
         if p.jitter:
             factor *= max(0.5, 1 + p.jitter * self._rng.gauss(0, 1))
         at, batch = step.began, len(step.decodes)
