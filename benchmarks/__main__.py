@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import decisions, gloo, overhead, restore, router, transport
+from benchmarks import decisions, gloo, overhead, overlap, restore, router, transport
 
 PARTS = {
     "transport": transport.main,
     "gloo": gloo.main,
     "restore": restore.main,
     "overhead": overhead.main,
+    "overlap": overlap.main,
     "decisions": decisions.main,
     "router": router.main,
     "memory": router.soak,
 }
 # Those that take minutes are run only when they are named.
-LONG = ("memory", "restore")
+LONG = ("memory", "overlap", "restore")
 
 
 def main() -> None:

@@ -70,8 +70,8 @@ class PairTransport(TwoSidedTransport):
         # Links that we were the receiver of, and the sender.
         self._inbound, self._outbound = IdleLinks(), IdleLinks()
         rows = frame_rows(pool.layout)
-        self._frames_in = FramePool(pool.layout, rows, PAIRS, device)
-        self._frames_out = FramePool(pool.layout, rows, PAIRS, device)
+        pinned = str(device) == "cpu" and pool.keys[0].device.type == "cuda"
+        self._frames_in, self._frames_out = (FramePool(pool.layout, rows, PAIRS, device, pinned) for _ in range(2))
 
     def describe(self) -> KvPool:
         """Form, and where the store is; the pair is each write's."""

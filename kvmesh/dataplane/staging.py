@@ -31,12 +31,13 @@ def frame_rows(layout: Layout, frame_bytes: int = FRAME_BYTES) -> int:
 class Frame:
     """Room for `rows` rows: K of layer 0 for all rows of the frame, V of it, K of layer 1, and so on."""
 
-    def __init__(self, layout: Layout, rows: int, device: torch.device | str = "cpu") -> None:
+    def __init__(self, layout: Layout, rows: int, device: torch.device | str = "cpu", pinned: bool = False) -> None:
         import torch
 
         self.layout = layout
         self.rows = rows
-        self._bytes = torch.empty(rows * layout.bytes_per_token, dtype=torch.uint8, device=device)
+        size = rows * layout.bytes_per_token
+        self._bytes = torch.empty(size, dtype=torch.uint8, device=device, pin_memory=pinned)
         self._dtype: torch.dtype = getattr(torch, layout.dtype)
 
     def bytes(self, rows: int) -> torch.Tensor:
@@ -96,10 +97,13 @@ def _copy(pool: Pool, slots: Slots, parts: list[torch.Tensor], into_pool: bool) 
 
 
 class FramePool:
-    """A bounded number of pairs of frames, made when first needed and used again."""
+    """A bounded number of pairs of frames, made when first needed and used again. `pinned`: for copies to a GPU."""
 
-    def __init__(self, layout: Layout, rows: int, pairs: int, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, layout: Layout, rows: int, pairs: int, device: torch.device | str = "cpu", pinned: bool = False
+    ) -> None:
         self.rows = rows
+        self._pinned = pinned
         self._layout = layout
         self._device = device
         # None stands for a pair that is yet to be made.
@@ -125,7 +129,7 @@ class FramePool:
                     raise Unavailable("it was cancelled") from None
         try:
             if pair is None:
-                pair = tuple(Frame(self._layout, self.rows, self._device) for _ in range(2))  # type: ignore[assignment]
+                pair = tuple(Frame(self._layout, self.rows, self._device, self._pinned) for _ in range(2))  # type: ignore[assignment]
             assert pair is not None
             yield pair
         finally:

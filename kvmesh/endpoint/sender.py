@@ -48,6 +48,23 @@ class Sent:
     transport: str
     bytes: int
 
+    def response(self, tokens: int, arrived: int) -> pb.RemoteSendResponse:
+        """For a call that came at monotonic nanosecond `arrived` and sent so many tokens."""
+        report = self.report
+        ends = [piece.end_ns for piece in report.pieces]
+        return pb.RemoteSendResponse(
+            cached_tokens=report.cached,
+            computed_tokens=report.computed,
+            sent_tokens=tokens,
+            sent_bytes=self.bytes,
+            transport=self.transport,
+            queue_seconds=max(0, report.began_ns - arrived) / 1e9,
+            compute_seconds=max(0, report.prefilled_ns - report.began_ns) / 1e9,
+            send_seconds=sum(p.end_ns - p.begin_ns for p in report.pieces) / 1e9,
+            tail_seconds=max(0, max(ends, default=0) - report.prefilled_ns) / 1e9,
+            chunks=len(report.pieces),
+        )
+
 
 class _Peer:
     """A channel to one life of one receiver."""

@@ -176,7 +176,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
             self.totals.sent_tokens += end - begin
             self.totals.sent_bytes += sent.bytes
             self._record(span, sent, arrived)
-            return _report(sent, begin, end, arrived)
+            return sent.response(end - begin, arrived)
 
     def _record(self, span: Span, sent: Sent, arrived: int) -> None:
         if not span.is_recording():
@@ -332,21 +332,6 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         async with aclosing(self._status.watch(interval / 1000, request.cache)) as statuses:
             async for status in statuses:
                 yield status
-
-
-def _report(sent: Sent, begin: int, end: int, arrived: int) -> kv_pb2.RemoteSendResponse:
-    report = sent.report
-    return kv_pb2.RemoteSendResponse(
-        cached_tokens=report.cached,
-        computed_tokens=report.computed,
-        sent_tokens=end - begin,
-        sent_bytes=sent.bytes,
-        transport=sent.transport,
-        queue_seconds=max(0, report.began_ns - arrived) / 1e9,
-        compute_seconds=max(0, report.prefilled_ns - report.began_ns) / 1e9,
-        send_seconds=sum(p.end_ns - p.begin_ns for p in report.pieces) / 1e9,
-        chunks=len(report.pieces),
-    )
 
 
 async def _nowhere(stop: bool) -> None:

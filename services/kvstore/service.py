@@ -156,7 +156,7 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
                 return kv_pb2.RemoteSendResponse(cached_tokens=upto)
             sent = await self._sender.send(prompt, begin, upto, ticket)
         self._record(span, sent, arrived, loaded)
-        return _report(sent, begin, upto, arrived)
+        return sent.response(upto - begin, arrived)
 
     def _record(self, span: Span, sent: Sent, arrived: int, loaded: int) -> None:
         if not span.is_recording():
@@ -245,16 +245,3 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
         async with aclosing(self._status.watch(interval / 1000)) as statuses:
             async for status in statuses:
                 yield status
-
-
-def _report(sent: Sent, begin: int, end: int, arrived: int) -> kv_pb2.RemoteSendResponse:
-    report = sent.report
-    return kv_pb2.RemoteSendResponse(
-        cached_tokens=report.cached,
-        sent_tokens=end - begin,
-        sent_bytes=sent.bytes,
-        transport=sent.transport,
-        queue_seconds=max(0, report.began_ns - arrived) / 1e9,
-        send_seconds=sum(p.end_ns - p.begin_ns for p in report.pieces) / 1e9,
-        chunks=len(report.pieces),
-    )

@@ -296,6 +296,7 @@ async def test_bytes_arrive_where_they_should():
         assert d.runtime.has(PROMPT, 0, 99, rows)
         assert (sent.cached_tokens, sent.computed_tokens, sent.sent_tokens) == (0, 99, 99)
         assert (sent.sent_bytes, sent.transport, sent.chunks) == (99 * TINY.bytes_per_token, "shm", 4)
+        assert 0 <= sent.tail_seconds < sent.compute_seconds + sent.send_seconds
         result = await d.generate(PROMPT, 6, ticket=ticket, begin=99)
         assert result.tokens == answer(PROMPT, 6)
         assert result.finished.usage.cached_tokens == 99
