@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import sys
 
-from benchmarks import decisions, gloo, overhead, overlap, restore, router, transport
+from benchmarks import attention, decisions, gloo, overhead, overlap, restore, router, transport
 
 PARTS = {
+    "attention": attention.main,
     "transport": transport.main,
     "gloo": gloo.main,
     "restore": restore.main,
@@ -16,8 +17,8 @@ PARTS = {
     "router": router.main,
     "memory": router.soak,
 }
-# Those that take minutes are run only when they are named.
-LONG = ("memory", "overlap", "restore")
+# Those that take minutes, or are no part of what kvmesh costs, are run only when they are named.
+LONG = ("attention", "memory", "overlap", "restore")
 
 
 def main() -> None:

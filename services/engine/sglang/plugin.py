@@ -31,6 +31,7 @@ def register() -> None:
     """Puts the agent into the scheduler, and ours in place of what SGLang lets plugins replace."""
     if ENGINE_VARIABLE not in os.environ:
         return
+    import torch
     from sglang.srt.managers import io_struct
     from sglang.srt.mem_cache.registry import register_radix_cache_backend, registered_radix_cache_backends
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
@@ -53,6 +54,10 @@ def register() -> None:
         ("flush_cache", _flush, HookType.AROUND),
     ):
         HookRegistry.register(f"{_SCHEDULER}.{method}", hook, kind)
+    if not torch.cuda.is_available():
+        from services.engine.sglang import attention
+
+        attention.register()
     sampling.register(HookRegistry, HookType)
     form.register(HookRegistry, HookType)
 
