@@ -37,6 +37,8 @@ from simulator.run import Choice, simulate
 STRATEGIES = ("data_parallel", "prefill_decode")
 CHUNK_TOKENS, KV_TOKENS = 512, 16384
 PLAN = Plan((64, 256, 512, 1024, 1536), (1, 2, 4, 8), repeats=1, chunk_tokens=CHUNK_TOKENS)
+# Before each request that measures what the way to the engines takes, in seconds.
+PAUSE_S = 0.3
 # Requests of a round that come before those that count.
 WARMUP = 5
 
@@ -68,6 +70,8 @@ async def overhead(target: RouterTarget, probe: Probe, seed: int) -> float:
     found = []
     for i in range(7):
         ask = Ask(256, 2, (((seed << 48) + i, 256),))
+        # As between the requests of a light load: what has slept takes its time to wake.
+        await asyncio.sleep(PAUSE_S)
         record = Record(i, 256, asyncio.get_running_loop().time())
         await target.ask(ask, record, 60)
         own = await probe.generate(probe.prompt(256), 2)
