@@ -9,7 +9,7 @@ from kvmesh.errors import FailedPrecondition, InvalidArgument
 # Best first.
 ALL = ("cuda_ipc", "shm", "nccl", "gloo")
 # These reach memory of the same host only.
-HOST_ONLY = frozenset({"cuda_ipc", "shm"})
+HOST_ONLY = frozenset({"cuda_ipc", "shm", "sim"})
 AUTO = "auto"
 # What "auto" stands for: those that have run. The others are taken only when they are named.
 PROVEN = ("shm", "gloo")

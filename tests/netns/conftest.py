@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
@@ -49,7 +50,16 @@ def comparison(model: Path) -> Comparison:
 @pytest.fixture(scope="session")
 def engines(wire: Wire, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Side]]:
     """Both engines, running."""
-    both = [Side(wire, i, model, tmp_path_factory.mktemp(f"side{i}")) for i in range(2)]
+    yield from _running([Side(wire, i, ["--model", str(model)], tmp_path_factory.mktemp(f"side{i}")) for i in range(2)])
+
+
+@pytest.fixture(scope="session")
+def simulated(wire: Wire, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[Side]]:
+    """Both engines, simulated, running."""
+    yield from _running([Side(wire, i, ["--sim", "tiny-cpu"], tmp_path_factory.mktemp(f"sim{i}")) for i in range(2)])
+
+
+def _running(both: list[Side]) -> Iterator[list[Side]]:
     try:
         for side in both:
             side.start()
@@ -68,12 +78,25 @@ def engines(wire: Wire, model: Path, tmp_path_factory: pytest.TempPathFactory) -
 @pytest.fixture
 async def sides(engines: list[Side]) -> AsyncIterator[list[Side]]:
     """Both engines with empty caches, and ways to call them; they must come to rest after the test."""
+    async with _called(engines):
+        yield engines
+
+
+@pytest.fixture
+async def sim_sides(simulated: list[Side]) -> AsyncIterator[list[Side]]:
+    """As `sides`, of the simulated engines."""
+    async with _called(simulated):
+        yield simulated
+
+
+@asynccontextmanager
+async def _called(engines: list[Side]) -> AsyncIterator[None]:
     for side in engines:
         await side.speak()
     try:
         for side in engines:
             await side.ask("flush")
-        yield engines
+        yield
         for side in engines:
             await side.ask("rest", timeout=20)
     finally:

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,11 @@ KV_TOKENS = 8192
 class Side:
     """One host: an engine, and a program beside it that calls it."""
 
-    def __init__(self, wire: Wire, number: int, model: Path, folder: Path) -> None:
+    def __init__(self, wire: Wire, number: int, of: Sequence[str], folder: Path) -> None:
         self._wire = wire
         self._number = number
-        self._model = model
+        # Options that say what engine it is.
+        self._of = of
         self._folder = folder
         self._log = folder / "engine.log"
 
@@ -34,7 +36,7 @@ class Side:
         command = self._wire.command(
             self._number,
             [
-                *(sys.executable, "-P", "-m", "kvmesh.cli", "engine", "--model", str(self._model)),
+                *(sys.executable, "-P", "-m", "kvmesh.cli", "engine", *self._of),
                 *("--name", f"engine-{self._number}", "--listen", f"{ADDRESSES[self._number]}:0"),
                 *("--announce", str(self._folder / "address"), "--run-dir", str(run_dir)),
                 *("--kv-tokens", str(KV_TOKENS), "--trace-ratio", "0"),

@@ -117,7 +117,11 @@ async def test_reservations_wait_for_room_in_order(tmp_path):
 async def test_it_says_that_it_is_simulated_and_sends_cache_events(tmp_path):
     async with SimHarness(1, tmp=tmp_path) as h:
         info = await h.status(0)
-        assert info.runtime == "sim tiny-cpu" and "simulated" in info.device and list(info.transports) == ["sim"]
+        assert (
+            info.runtime == "sim tiny-cpu"
+            and "simulated" in info.device
+            and list(info.transports) == ["sim", "sim_tcp"]
+        )
         await h.generate(prompt(1, 200), 2, sampling=GREEDY)
         call = h.stubs[0][1].WatchStatus(engine_pb2.WatchStatusRequest(cache=True))
         async for message in call:

@@ -14,7 +14,6 @@ from services.engine.sim.content import FIRST, Arithmetic, next_token
 from services.engine.sim.faults import Faults
 from services.engine.sim.kv import KvCache
 from services.engine.sim.links import Link
-from services.engine.sim.peers import Inbox, SocketPeers
 from services.engine.sim.profile import load_profile, shipped
 
 MATH = Arithmetic(1000)
@@ -187,21 +186,3 @@ def test_faults_are_parsed_and_counted():
     for text in ("slow=0", "slow=x", "hang=maybe", "melt=1", "die_after_tokens=-1"):
         with pytest.raises(InvalidArgument, match=text.partition("=")[0]):
             Faults.parse(text)
-
-
-def test_kv_crosses_sockets_under_uvloop():
-    """What engines run under; it connects to sockets without a file in its own way."""
-    uvloop = pytest.importorskip("uvloop")
-    profile = load_profile("tiny-cpu")
-
-    async def main():
-        cache, receiver, sender = KvCache(10), SocketPeers(), SocketPeers()
-        pool = (await receiver.open(Inbox(cache, Link(1e9, time.monotonic)), profile.layout, 11))[0]
-        for values in ([7, 8], [9, 10]):
-            await sender.write(pool, np.array([3, 5]), np.array(values, np.uint64), 1000)
-        await sender.close()
-        await receiver.close()
-        return cache.values[[3, 4, 5]].tolist()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-        assert runner.run(main()) == [9, 0, 10]

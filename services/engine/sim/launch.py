@@ -7,12 +7,13 @@ import logging
 import signal
 from pathlib import Path
 
+from kvmesh.dataplane.setup import data_host
 from kvmesh.errors import InvalidArgument
 from services.engine.cli import EngineConfig
 from services.engine.sim.faults import Faults
-from services.engine.sim.peers import SocketPeers
 from services.engine.sim.profile import load_profile
 from services.engine.sim.runtime import SimRuntime
+from services.engine.sim.sockets import SocketPeers
 
 log = logging.getLogger(__name__)
 
@@ -23,7 +24,8 @@ def simulated(config: EngineConfig) -> SimRuntime:
     sizes = {name: getattr(config, name) for name in ("kv_tokens", "chunk_tokens", "max_running")}
     profile = profile.replace(**{name: size for name, size in sizes.items() if size})
     source = config.sim_faults
-    runtime = SimRuntime(profile, SocketPeers(), faults=_faults(source), seed=config.sim_seed)
+    peers = SocketPeers(data_host(config.data_host, config.advertise, config.listen))
+    runtime = SimRuntime(profile, peers, faults=_faults(source), seed=config.sim_seed)
     if source.startswith("@"):
         asyncio.get_running_loop().add_signal_handler(signal.SIGUSR1, _reread, source, runtime)
     return runtime

@@ -20,7 +20,7 @@ from services.engine.sim.faults import Faults
 from services.engine.sim.job import Job, seed_of
 from services.engine.sim.kv import KvCache
 from services.engine.sim.links import Link
-from services.engine.sim.peers import TRANSPORT, Inbox, Peers
+from services.engine.sim.peers import Inbox, Peers
 from services.engine.sim.profile import Profile
 from services.engine.sim.scheduler import Host, Scheduler
 from services.engine.sim.sends import Sends
@@ -78,7 +78,7 @@ class SimRuntime(Runtime):
     async def start(self) -> None:
         """Lets others write here."""
         self._ended = asyncio.get_running_loop().create_future()
-        self.pools = {TRANSPORT: await self._peers.open(self._inbox, self.layout, self.total_slots + 1)}
+        self.pools = await self._peers.open(self._inbox, self.layout, self.total_slots + 1)
         self._scheduler.on_load = lambda: self.on_load()
         self._scheduler.on_death = self._died
 
