@@ -21,7 +21,7 @@ from kvmesh.bench import arrivals, plots
 from kvmesh.bench.report import Report, summarise
 from kvmesh.bench.run import Load
 from kvmesh.bench.workloads import Length, synthetic
-from services.engine.sim.profile import load_profile
+from kvmesh.sim.profile import load_profile
 from simulator.run import Choice, simulate
 
 PROFILE = "llama-3.1-70b-fp8-tp4-h100"

@@ -30,8 +30,8 @@ from kvmesh.local.mesh import resolve_model, stages
 from kvmesh.local.options import MeshOptions
 from kvmesh.local.state import MeshDir
 from kvmesh.local.supervisor import LocalMesh
+from kvmesh.sim.profile import Profile
 from services.engine.sim.measure import Measured, Plan, Probe, fit, measure
-from services.engine.sim.profile import Profile
 from simulator.run import Choice, simulate
 
 STRATEGIES = ("data_parallel", "prefill_decode")

@@ -36,7 +36,7 @@ def sim(
     from kvmesh.bench import plots
     from kvmesh.bench.cli import fitting
     from kvmesh.bench.report import comparison, summarise, table
-    from services.engine.sim.profile import load_profile
+    from kvmesh.sim.profile import load_profile
     from simulator.run import Choice, simulate
 
     logging.disable(logging.INFO)

@@ -18,6 +18,8 @@ from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender
 from kvmesh.endpoint.tickets import TicketBook
 from kvmesh.membership import SharedSettings
+from kvmesh.sim.peers import LocalPeers
+from kvmesh.sim.profile import Profile
 from kvmesh.telemetry import Telemetry
 from kvmesh.tokenizer import Tokenizers
 from kvmesh.v1.common_pb2 import Endpoint, SamplingParams
@@ -28,8 +30,6 @@ from services.engine.main import describe
 from services.engine.service import EngineService
 from services.engine.sim.content import Arithmetic
 from services.engine.sim.faults import Faults
-from services.engine.sim.peers import LocalPeers
-from services.engine.sim.profile import Profile
 from services.engine.sim.runtime import SimRuntime
 from services.engine.sim.scheduler import Host
 from services.engine.status import PERIOD_S, Status

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from kvmesh.bench.records import Record
 from kvmesh.bench.run import Load
 from kvmesh.bench.run import run as run_load
-from services.engine.sim.profile import Profile
+from kvmesh.sim.profile import Profile
 from simulator.clock import run
 from simulator.mesh import MeshTarget, SimMesh
 

@@ -8,8 +8,10 @@ from kvmesh.errors import FailedPrecondition, InvalidArgument
 
 # Best first.
 ALL = ("cuda_ipc", "shm", "nccl", "gloo")
+# What simulated pools have, and no others.
+SIMULATED = "sim"
 # These reach memory of the same host only.
-HOST_ONLY = frozenset({"cuda_ipc", "shm", "sim"})
+HOST_ONLY = frozenset({"cuda_ipc", "shm", SIMULATED})
 AUTO = "auto"
 # What "auto" stands for: those that have run. The others are taken only when they are named.
 PROVEN = ("shm", "gloo")

@@ -8,6 +8,7 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from kvmesh.dataplane.choice import SIMULATED
 from kvmesh.v1.router_pb2 import MeshStore
 
 
@@ -29,7 +30,7 @@ def stores_part(stores: Sequence[MeshStore]) -> list[RenderableType]:
 def _row(store: MeshStore) -> list[str | Text]:
     info, stats = store.info, store.stats
     block = info.block_tokens
-    disk_room = info.disk_bytes // (info.layout.bytes_per_token or 1) if info.disk_bytes else 0
+    disk_room = info.disk_bytes // (info.layout.bytes_per_token * info.layout.ranks or 1) if info.disk_bytes else 0
     numbers = [
         stats.memory_used * block,
         info.memory_blocks * block,
@@ -41,4 +42,6 @@ def _row(store: MeshStore) -> list[str | Text]:
         stats.damaged_blocks,
     ]
     state = Text("up", "green") if store.connected else Text("lost", "red")
+    if SIMULATED in info.transports:
+        state.append(", simulated", "yellow")
     return [store.member.endpoint.name, store.member.endpoint.address, state, *map(str, numbers)]

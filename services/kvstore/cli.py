@@ -34,6 +34,10 @@ class KvStoreConfig(ServiceConfig):
     dtype: str = setting("auto", "With --model: float32, bfloat16, float16, or auto as the engines have it.")
     page_size: int = setting(1, "With --model: tokens in a page of the engines' KV.")
 
+    sim: str = setting(
+        "", "Keep the KV of simulated engines: their profile's name or TOML file. It says the model, too."
+    )
+
     transport: str = setting("auto", "Ways to move KV: auto, which is shm and gloo; or one of them.")
     data_host: str = setting("", "Address that peers on other hosts send KV to. [default: the host of --advertise]")
     checksum: bool = setting(False, "Compare checksums of all KV that is sent or received.")
@@ -52,7 +56,10 @@ class KvStoreConfig(ServiceConfig):
             raise InvalidArgument(f"ttl = {self.ttl:g} is negative")
         if not 1 <= self.page_size <= 1024:
             raise InvalidArgument(f"page_size = {self.page_size} is not between 1 and 1024")
-        if not (self.model or self.layout_of or self.registry or self.disk):
+        if self.sim and (self.model or self.layout_of):
+            other = "model" if self.model else "layout_of"
+            raise InvalidArgument(f"sim = {self.sim!r} says whose KV it is: leave out {other}")
+        if not (self.model or self.layout_of or self.sim or self.registry or self.disk):
             raise InvalidArgument("registry is missing: give --registry, --layout-of or --model, to say whose KV it is")
         parse_size(self.memory, "memory")
         if self.disk:

@@ -26,13 +26,19 @@ _PAGE = 4096
 
 @dataclass(frozen=True)
 class Served:
-    """The model that a store keeps KV of. `vocab_size` 0: not known."""
+    """The model that a store keeps KV of. `vocab_size` 0: not known; `simulated`: its engines are."""
 
     layout: Layout
     model: str
     path: str
     vocab_size: int
     context_length: int
+    simulated: bool = False
+
+    @property
+    def kind(self) -> str:
+        """In a word."""
+        return "simulated" if self.simulated else "real"
 
 
 class DiskFolder:
@@ -70,6 +76,11 @@ class DiskFolder:
     def claim(self, served: Served) -> None:
         """The folder is for this model from now on. Raises FailedPrecondition when it holds another one's blocks."""
         before = self.served()
+        if before is not None and before.simulated != served.simulated:
+            raise FailedPrecondition(
+                f"disk = {str(self.folder)!r} holds {before.kind} KV, and this store is for {served.kind} engines: "
+                "give the store another folder, or empty this one"
+            )
         if before is not None and (difference := refusal(served.layout, before.layout)):
             raise FailedPrecondition(
                 f"disk = {str(self.folder)!r} holds the KV of {before.model} in another layout "

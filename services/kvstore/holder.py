@@ -4,20 +4,18 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
-from kvmesh.dataplane.base import Transport
 from kvmesh.dataplane.slots import Slots
 from kvmesh.endpoint.base import Arrival, Destination, KvHolder, Reservation, SendReport
-from kvmesh.endpoint.local import LocalArrivals
 from kvmesh.errors import Aborted, NotFound, Unavailable
 from kvmesh.process import ProcessRef
 from kvmesh.v1.kv_pb2 import KvPool
+from services.kvstore.carrier import Carrier
 from services.kvstore.index import Entry
-from services.kvstore.mover import Mover
 from services.kvstore.prompt import Prompt
 from services.kvstore.store import Store
 
@@ -32,17 +30,15 @@ class _Held:
 
 
 class StoreHolder(KvHolder):
-    """A KvHolder over `store`, which owns `transports`. Prompts that come without a salt have the empty one."""
+    """A KvHolder over `store`, which owns `carrier`. Prompts that come without a salt have the empty one."""
 
-    def __init__(self, store: Store, transports: Mapping[str, Transport]) -> None:
+    def __init__(self, store: Store, carrier: Carrier) -> None:
         self._store = store
         self._pool = store.pool
-        self._transports = transports
+        self._carrier = carrier
         self.layout = store.pool.layout
-        self.pools = {name: [transport.describe()] for name, transport in transports.items()}
+        self.pools = carrier.pools
         self.writers = [ProcessRef.current()]
-        self._mover = Mover(transports, store.pool.kv)
-        self._arrivals = LocalArrivals(transports)
         self._held: dict[int, _Held] = {}
         self._ids = itertools.count(1)
         self._closed = False
@@ -106,27 +102,27 @@ class StoreHolder(KvHolder):
         rows = self._pool.rows(blocks[first : -(-end // size)])[begin - first * size : end - first * size]
         self.sending += 1
         try:
-            pieces = await self._mover.copy(np.ascontiguousarray(rows), to)
+            pieces = await self._carrier.copy(np.ascontiguousarray(rows), to)
         finally:
             self.sending -= 1
         return SendReport(cached=end, computed=0, began_ns=began, prefilled_ns=began, pieces=pieces)
 
     def two_sided(self, transport: str) -> bool:
         """As the base says."""
-        return self._arrivals.two_sided(transport)
+        return self._carrier.two_sided(transport)
 
     def accept(self, transport: str, sender: str, slots: Slots, seconds: float, fresh: bool) -> Arrival:
         """As the base says."""
         self._check_open()
-        return self._arrivals.accept(transport, sender, slots, seconds, fresh)
+        return self._carrier.accept(transport, sender, slots, seconds, fresh)
 
     async def verify(self, slots: Slots, sums: Sequence[tuple[int, Sequence[int]]]) -> None:
         """As the base says."""
-        await self._mover.verify(slots, sums)
+        await self._carrier.verify(slots, sums)
 
     def forget(self, peers: Sequence[KvPool]) -> None:
         """Closes the ways into these pools."""
-        self._mover.forget(peers)
+        self._carrier.forget(peers)
 
     def _check_open(self) -> None:
         if self._closed:
@@ -136,9 +132,7 @@ class StoreHolder(KvHolder):
         """No new reservations and sends."""
         self._closed = True
 
-    def close(self) -> None:
+    async def close(self) -> None:
         """Lets go of the peers' pools, and listens no more."""
         self.stop()
-        for transport in self._transports.values():
-            transport.close()
-        self._mover.close()
+        await self._carrier.close()

@@ -7,7 +7,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
-from services.kvstore.pool import BlockPool
+from services.kvstore.memory import BlockMemory
 
 
 @dataclass(eq=False, slots=True)
@@ -45,7 +45,7 @@ class Counts:
 class Index:
     """All entries. For one thread. `ttl` 0: entries do not age; `clock` gives seconds since the epoch."""
 
-    def __init__(self, pool: BlockPool, ttl: float = 0.0, clock: Callable[[], float] = time.time) -> None:
+    def __init__(self, pool: BlockMemory, ttl: float = 0.0, clock: Callable[[], float] = time.time) -> None:
         self.counts = Counts()
         self.disk_bytes = 0
         # Entries with locks.

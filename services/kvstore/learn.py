@@ -10,6 +10,7 @@ from pathlib import Path
 import grpc
 import grpc.aio
 
+from kvmesh.dataplane.choice import SIMULATED
 from kvmesh.dataplane.layout import Layout
 from kvmesh.errors import FailedPrecondition, InvalidArgument, MeshError, Unavailable, from_rpc
 from kvmesh.grpcx import channel, connector
@@ -29,7 +30,15 @@ _AGAIN_S = 1.0
 
 
 async def learn(config: KvStoreConfig, disk: DiskFolder | None) -> Served:
-    """The model, by what comes first: --model, --layout-of, the disk's folder, the mesh's engines. Raises MeshError."""
+    """The model, by what comes first: --sim, --model, --layout-of, the disk's folder, the mesh's engines.
+
+    Raises MeshError; FailedPrecondition when engines are simulated and the store is not.
+    """
+    if config.sim:
+        from kvmesh.sim.profile import load_profile
+        from services.kvstore.sim import served as simulated
+
+        return simulated(load_profile(config.sim), config.model_name)
     if config.model:
         served = await asyncio.to_thread(_told, config)
     elif config.layout_of:
@@ -38,6 +47,11 @@ async def learn(config: KvStoreConfig, disk: DiskFolder | None) -> Served:
         served = known
     else:
         served = await _first_engine(config)
+    if served.simulated:
+        raise FailedPrecondition(
+            f"the engines of {served.model} are simulated, and have no KV that a real store could keep: "
+            "give the store their profile, as in --sim tiny-cpu"
+        )
     if served.layout.ranks != 1:
         raise FailedPrecondition(
             f"the engines of {served.model} have {served.layout.ranks} tensor-parallel ranks; "
@@ -64,7 +78,10 @@ def _told(config: KvStoreConfig) -> Served:
 def of_engine(info: EngineInfo) -> Served:
     """The model of an engine."""
     model = info.model
-    return Served(Layout.of(info.layout), model.name, model.path, model.vocab_size, model.context_length)
+    simulated = SIMULATED in info.transports
+    return Served(
+        Layout.of(info.layout), model.name, model.path, model.vocab_size, model.context_length, simulated=simulated
+    )
 
 
 async def ask(address: str, tls: Tls | None = None) -> EngineInfo:

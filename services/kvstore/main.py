@@ -23,12 +23,13 @@ from kvmesh.telemetry import Telemetry
 from kvmesh.v1 import kv_pb2_grpc, kvstore_pb2_grpc
 from kvmesh.v1.common_pb2 import Endpoint
 from kvmesh.v1.registry_pb2 import MEMBER_KIND_KVSTORE, Member
+from services.kvstore.carrier import Carrier
 from services.kvstore.cli import KvStoreConfig
 from services.kvstore.disk import DiskFolder, Served
 from services.kvstore.holder import StoreHolder
 from services.kvstore.learn import learn
+from services.kvstore.memory import BlockMemory
 from services.kvstore.metrics import register as register_metrics
-from services.kvstore.pool import BlockPool
 from services.kvstore.service import NAMES, StoreService
 from services.kvstore.status import Status, describe
 from services.kvstore.store import Store
@@ -53,9 +54,8 @@ async def start(config: KvStoreConfig, stack: AsyncExitStack) -> Server:
     telemetry = Telemetry("kvstore", endpoint.name, config)
     stack.callback(telemetry.close)
     store, served = await _store(config, stack, endpoint.name)
-    host = data_host(config.data_host, config.advertise, config.listen)
-    holder = StoreHolder(store, await asyncio.to_thread(store.pool.transports, config.transport, host))
-    stack.callback(holder.close)
+    holder = StoreHolder(store, await _carrier(config, store.pool))
+    stack.push_async_callback(holder.close)
     book = TicketBook(endpoint, holder.layout.fingerprint, holder.free)
     stack.push_async_callback(book.close)
     sender = Sender(endpoint, holder, host_id(), connector(access.tls), checksum=config.checksum)
@@ -96,11 +96,7 @@ async def _store(config: KvStoreConfig, stack: AsyncExitStack, name: str) -> tup
         served = await learn(config, disk)
         if disk is not None:
             await asyncio.to_thread(disk.claim, served)
-        memory = parse_size(config.memory, "memory")
-        try:
-            pool = await asyncio.to_thread(BlockPool, served.layout, memory, f"kvmesh-{name}")
-        except (OSError, MemoryError) as error:
-            raise InvalidArgument(f"memory = {config.memory} cannot be had: {error}") from error
+        pool = await _memory(config, served, name)
         owned.callback(pool.close)
         store = Store(pool, disk, config.ttl)
         await store.start()
@@ -108,6 +104,39 @@ async def _store(config: KvStoreConfig, stack: AsyncExitStack, name: str) -> tup
         owned.pop_all()
         stack.push_async_callback(store.close)
     return store, served
+
+
+async def _memory(config: KvStoreConfig, served: Served, name: str) -> BlockMemory:
+    memory = parse_size(config.memory, "memory")
+    try:
+        if served.simulated:
+            from services.kvstore.sim import SimMemory
+
+            log.warning("SIMULATED: keeps numbers in place of KV, at the pace of profile %s", config.sim)
+            return SimMemory(served.layout, memory)
+        from services.kvstore.pool import BlockPool
+
+        return await asyncio.to_thread(BlockPool, served.layout, memory, f"kvmesh-{name}")
+    except (OSError, MemoryError) as error:
+        raise InvalidArgument(f"memory = {config.memory} cannot be had: {error}") from error
+
+
+async def _carrier(config: KvStoreConfig, memory: BlockMemory) -> Carrier:
+    host = data_host(config.data_host, config.advertise, config.listen)
+    if config.sim:
+        from kvmesh.sim.profile import load_profile
+        from kvmesh.sim.sockets import SocketPeers
+        from services.kvstore.sim import SimCarrier, SimMemory
+
+        assert isinstance(memory, SimMemory)
+        simulated = SimCarrier(memory, load_profile(config.sim), SocketPeers(host))
+        await simulated.start()
+        return simulated
+    from services.kvstore.mover import Mover
+    from services.kvstore.pool import BlockPool
+
+    assert isinstance(memory, BlockPool)
+    return Mover(await asyncio.to_thread(memory.transports, config.transport, host), memory.kv)
 
 
 async def _join(config: KvStoreConfig, endpoint: Endpoint, stack: AsyncExitStack) -> None:

@@ -13,25 +13,27 @@ from kvmesh.dataplane.checksum import checksum as checksum_of
 from kvmesh.dataplane.checksum import compare
 from kvmesh.dataplane.slots import Slots
 from kvmesh.dataplane.ways import Ways
-from kvmesh.endpoint.base import Destination, Piece
+from kvmesh.endpoint.base import Arrival, Destination, Piece
+from kvmesh.endpoint.local import LocalArrivals
 from kvmesh.errors import DataLoss, MeshError, Unavailable
 from kvmesh.v1.kv_pb2 import KvPool
+from services.kvstore.carrier import PIECE_BYTES, Carrier
 
-# A copy takes so many bytes at a time: a cancel waits for one piece.
-PIECE_BYTES = 16 << 20
 # Copies at once that can wait for their peers.
 WAITING = 64
 
 
-class Mover:
-    """Owner of the ways from `pool` into others.
+class Mover(Carrier):
+    """The ways between `pool` and others over `transports`, which it owns.
 
     Copies through one-sided transports take turns in one thread, and keep their connections. One through a two-sided
     transport has a thread and a connection of its own, since it can wait for its peer.
     """
 
     def __init__(self, transports: Mapping[str, Transport], pool: Pool) -> None:
+        self.pools = {name: [transport.describe()] for name, transport in transports.items()}
         self._transports = transports
+        self._arrivals = LocalArrivals(transports)
         self._pool = pool
         self._rows = max(64, PIECE_BYTES // pool.layout.bytes_per_token)
         self._ways = Ways()
@@ -39,10 +41,7 @@ class Mover:
         self._threads = ThreadPoolExecutor(WAITING, "kvstore-send", initializer=_alone)
 
     async def copy(self, source: Slots, to: Destination) -> list[Piece]:
-        """Copies rows `source` of our pool to the peer's. Raises Unavailable.
-
-        Nothing is being written any more when it returns or raises.
-        """
+        """As the base says."""
         if not len(source):
             return []
         if isinstance(self._transports[to.transport], TwoSidedTransport):
@@ -86,8 +85,16 @@ class Mover:
             connection.close()
         return pieces
 
+    def two_sided(self, transport: str) -> bool:
+        """As the base says."""
+        return self._arrivals.two_sided(transport)
+
+    def accept(self, transport: str, sender: str, slots: Slots, seconds: float, fresh: bool) -> Arrival:
+        """As the base says."""
+        return self._arrivals.accept(transport, sender, slots, seconds, fresh)
+
     async def verify(self, slots: Slots, sums: Sequence[tuple[int, Sequence[int]]]) -> None:
-        """As KvHolder.verify."""
+        """As the base says."""
         if any(len(ranks) != 1 for _, ranks in sums):
             raise DataLoss("checksums are not of one rank")
         pairs = [(tokens, ranks[0]) for tokens, ranks in sums]
@@ -123,8 +130,10 @@ class Mover:
         sums = (checksum_of(self._pool, source),) if checksum else ()
         return Piece(begin, end, len(source), count, sums)
 
-    def close(self) -> None:
-        """Closes all of them."""
+    async def close(self) -> None:
+        """As the base says."""
+        for transport in self._transports.values():
+            transport.close()
         self._thread.submit(self._ways.close_all)
         self._thread.shutdown(wait=True)
         # Those that still connect end by their own deadlines.

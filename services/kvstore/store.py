@@ -12,10 +12,10 @@ from typing import Any
 
 from kvmesh.aio import Tasks
 from kvmesh.errors import ResourceExhausted
-from services.kvstore.blockfile import DamagedError
+from services.kvstore.blockfile import HEADER_BYTES, DamagedError
 from services.kvstore.disk import DiskFolder
 from services.kvstore.index import Entry, Index
-from services.kvstore.pool import BlockPool
+from services.kvstore.memory import BlockMemory
 from services.kvstore.writeback import WriteBack
 
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ class Store:
     """Blocks by key. `disk` may be None. What it is given is its own from `start` on."""
 
     def __init__(
-        self, pool: BlockPool, disk: DiskFolder | None, ttl: float = 0.0, clock: Callable[[], float] = time.time
+        self, pool: BlockMemory, disk: DiskFolder | None, ttl: float = 0.0, clock: Callable[[], float] = time.time
     ) -> None:
         self.pool = pool
         self.disk = disk
@@ -48,8 +48,9 @@ class Store:
         """Finds what is on disk, and begins to write behind."""
         if self.disk is not None and self._behind is not None:
             found, self.index.counts.damaged = await asyncio.to_thread(self.disk.scan)
+            size = self.disk.cost(HEADER_BYTES + self.pool.block_bytes)
             for block in found:
-                self.index.on_disk(block.key, block.size, block.used)
+                self.index.on_disk(block.key, size, block.used)
             # The folder may have been given less room than before.
             self.index.make_disk_room(0, self.disk.limit)
             self._behind.start()

@@ -11,7 +11,7 @@ from kvmesh.aio import Tasks
 from services.kvstore.blockfile import HEADER_BYTES
 from services.kvstore.disk import DiskFolder
 from services.kvstore.index import Entry, Index
-from services.kvstore.pool import BlockPool
+from services.kvstore.memory import BlockMemory
 
 log = logging.getLogger(__name__)
 
@@ -22,7 +22,7 @@ BATCH_BYTES, BATCH = 32 << 20, 32
 class WriteBack:
     """The only one who writes and removes files. `on_change` is called when blocks may have become evictable."""
 
-    def __init__(self, index: Index, pool: BlockPool, disk: DiskFolder, on_change: Callable[[], None]) -> None:
+    def __init__(self, index: Index, pool: BlockMemory, disk: DiskFolder, on_change: Callable[[], None]) -> None:
         self._index, self._pool, self._disk = index, pool, disk
         self._on_change = on_change
         self._queue: deque[Entry] = deque()

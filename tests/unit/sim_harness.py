@@ -13,11 +13,11 @@ import numpy as np
 from router_harness import Harness
 
 from kvmesh.grpcx import channel
+from kvmesh.sim.profile import Profile, load_profile
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2_grpc
 from services.engine.cli import EngineConfig
 from services.engine.main import start
 from services.engine.sim.content import FIRST, Arithmetic, next_token
-from services.engine.sim.profile import Profile, load_profile
 from services.engine.sim.runtime import SimRuntime
 
 ARITHMETIC = Arithmetic(4096)

@@ -19,6 +19,7 @@ from router_harness import Harness
 from kvmesh.grpcx import channel, wait_serving
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, router_pb2
 from services.engine.cli import EngineConfig
+from services.kvstore.cli import KvStoreConfig
 from services.registry.cli import RegistryConfig
 from services.router.cli import RouterConfig
 
@@ -47,6 +48,10 @@ def _serve(kind: str, fields: dict[str, Any]) -> Coroutine[Any, Any, None]:
         from services.engine.main import serve as engine
 
         return engine(EngineConfig(**fields))
+    if kind == "kvstore":
+        from services.kvstore.main import serve as kvstore
+
+        return kvstore(KvStoreConfig(**fields))
     if kind == "routers":
         from services.router.workers import serve as routers
 
@@ -74,9 +79,8 @@ class SimProcesses(Harness):
         self._registry_config = registry
 
     async def _start(self) -> None:
-        FORKS.set_forkserver_preload(
-            ["services.engine.main", "services.engine.sim.launch", "services.router.main", "services.registry.etcd"]
-        )
+        modules = ("engine.main", "engine.sim.launch", "kvstore.main", "kvstore.sim", "router.main", "registry.etcd")
+        FORKS.set_forkserver_preload([f"services.{module}" for module in modules])
         self._stack.enter_context(patch("kvmesh.tokenizer._library", lambda: None))
         self._stack.push_async_callback(self._stop_processes)
         if self._registry_config is None:
@@ -99,6 +103,19 @@ class SimProcesses(Harness):
         """Starts it; returns when it has announced."""
         fields = {"name": name, "registry": self.registry_address, "trace_ratio": 0.0, **self.config}
         await self.spawn("engine", name, asdict(EngineConfig(**fields)))
+
+    async def start_store(self, name: str, **settings: Any) -> None:
+        """Starts a KV store for the engines; returns when the router has it up."""
+        fields = {"name": name, "registry": self.registry_address, "trace_ratio": 0.0, "sim": self.config["sim"]}
+        await self.spawn("kvstore", name, asdict(KvStoreConfig(**{**fields, **settings})))
+        async with asyncio.timeout(START_S):
+            while not (store := (await self.stores()).get(name)) or store.member.endpoint.address != self.address(name):
+                await asyncio.sleep(0.02)
+
+    async def stores(self) -> dict[str, router_pb2.MeshStore]:
+        """Those that the router has up."""
+        mesh = await self.router.GetMesh(router_pb2.GetMeshRequest(), timeout=5)
+        return {store.member.endpoint.name: store for store in mesh.stores if store.connected}
 
     async def start_router_process(self, name: str, **settings: Any) -> str:
         """A router that is a process; its address, once it is ready."""

@@ -26,6 +26,7 @@ from kvmesh.v1.common_pb2 import Endpoint, Ticket
 from services.kvstore.cli import KvStoreConfig
 from services.kvstore.disk import DiskFolder, Served
 from services.kvstore.holder import StoreHolder
+from services.kvstore.mover import Mover
 from services.kvstore.pool import BlockPool
 from services.kvstore.service import NAMES, StoreService
 from services.kvstore.status import Status, describe
@@ -143,12 +144,13 @@ async def kv_node(
         served = Served(layout, "toy", "", VOCAB, 4096)
         if folder is not None:
             folder.claim(served)
-        store = Store(BlockPool(layout, memory_of(blocks, layout), name), folder, ttl, **clock)
+        pool = BlockPool(layout, memory_of(blocks, layout), name)
+        store = Store(pool, folder, ttl, **clock)
         await store.start()
         stack.push_async_callback(store.close)
         endpoint = Endpoint(name=name, incarnation=secrets.token_hex(16))
-        holder = StoreHolder(store, store.pool.transports(transport, address, patience))
-        stack.callback(holder.close)
+        holder = StoreHolder(store, Mover(pool.transports(transport, address, patience), pool.kv))
+        stack.push_async_callback(holder.close)
         book = TicketBook(endpoint, layout.fingerprint, holder.free)
         stack.push_async_callback(book.close)
         host = host or host_id()

@@ -40,7 +40,7 @@ async def test_stores_on_different_hosts_use_gloo() -> None:
         # And the other way.
         assert (await moved(b, a, prompt(2, 7), 90)).transport == "gloo"
         # One connection served all of one direction.
-        assert [len(node.holder._transports["gloo"]._inbound) for node in (a, b)] == [1, 1]  # type: ignore[attr-defined]
+        assert [len(node.holder._carrier._transports["gloo"]._inbound) for node in (a, b)] == [1, 1]  # type: ignore[attr-defined]
 
 
 async def test_one_host_prefers_shared_memory_unless_told_otherwise() -> None:
@@ -56,7 +56,7 @@ async def test_memory_that_cannot_be_mapped_is_reached_by_gloo(caplog: pytest.Lo
         def refuse(peer: object) -> Any:
             raise CannotConnect("no /proc here")
 
-        a.holder._transports["shm"].connect = refuse  # type: ignore[method-assign]
+        a.holder._carrier._transports["shm"].connect = refuse  # type: ignore[method-assign]
         assert (await moved(a, b, prompt(2), 5)).transport == "gloo"
         assert "b is not reached through shm: no /proc here; asking for another way" in caplog.text
 
@@ -79,7 +79,7 @@ async def test_checksums(host: str) -> None:
     async with kv_node("a", host="one") as a, kv_node("b", host=host, checksum=True) as b:
         await moved(a, b, prompt(3), 40)
         # A transport that changes rows on the way.
-        way = a.holder._transports["shm" if host == "one" else "gloo"]
+        way = a.holder._carrier._transports["shm" if host == "one" else "gloo"]
         connect = way.connect
 
         def corrupting(peer: Any) -> Any:

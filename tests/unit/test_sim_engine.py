@@ -280,8 +280,8 @@ async def test_an_engine_is_measured(tmp_path):
     """`kvmesh profile`: what it asks of an engine, and that the result is a profile."""
     from sim_harness import profile_of
 
+    from kvmesh.sim.profile import load_profile
     from services.engine.sim.measure import Plan, Probe, fit, measure
-    from services.engine.sim.profile import load_profile
 
     given = load_profile("tiny-cpu")
     async with SimHarness(2, tmp=tmp_path, profile=given):
@@ -305,8 +305,8 @@ async def test_an_engine_is_measured(tmp_path):
 
 
 def test_a_fit_finds_what_was_given():
+    from kvmesh.sim.profile import load_profile
     from services.engine.sim.measure import Measured, Plan, fit
-    from services.engine.sim.profile import load_profile
 
     given = load_profile("tiny-cpu")
     given = dataclasses.replace(given, prefill=dataclasses.replace(given.prefill, per_end_squared=3e-9))

@@ -10,11 +10,11 @@ from sim_harness import profile_of
 
 from kvmesh.blocks import block_hashes
 from kvmesh.errors import InvalidArgument
+from kvmesh.sim.links import Link
+from kvmesh.sim.profile import load_profile, shipped
 from services.engine.sim.content import FIRST, Arithmetic, next_token
 from services.engine.sim.faults import Faults
 from services.engine.sim.kv import KvCache
-from services.engine.sim.links import Link
-from services.engine.sim.profile import load_profile, shipped
 
 MATH = Arithmetic(1000)
 

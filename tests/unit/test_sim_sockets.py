@@ -17,13 +17,13 @@ from sim_harness import SimHarness, reference
 from kvmesh.dataplane.base import CannotConnect
 from kvmesh.errors import Aborted
 from kvmesh.grpcx import split_address
+from kvmesh.sim.links import Link
+from kvmesh.sim.peers import Inbox
+from kvmesh.sim.profile import load_profile
+from kvmesh.sim.sockets import HELLO, SocketPeers
 from kvmesh.v1 import engine_pb2, kv_pb2
 from kvmesh.v1.kv_pb2 import KvPool
 from services.engine.sim.kv import KvCache
-from services.engine.sim.links import Link
-from services.engine.sim.peers import Inbox
-from services.engine.sim.profile import load_profile
-from services.engine.sim.sockets import HELLO, SocketPeers
 
 WAYS = ("sim", "sim_tcp")
 
@@ -69,7 +69,7 @@ async def test_who_does_not_know_the_secret_writes_nothing(way: str, secret: str
         pool, wrong = pools[way], KvPool()
         wrong.CopyFrom(pool)
         wrong.meeting.pair = secret
-        with patch("services.engine.sim.sockets.CONNECT_S", 0.3), pytest.raises(CannotConnect):
+        with patch("kvmesh.sim.sockets.CONNECT_S", 0.3), pytest.raises(CannotConnect):
             await sender.write(wrong, np.array([3]), values(7), 10)
         assert not cache.values.any()
         # Whoever knows it still can.
@@ -164,7 +164,7 @@ async def test_a_shared_dev_shm_without_a_shared_network_takes_tcp_in_the_end(tm
     async def nobody(name: str) -> None:
         raise ConnectionRefusedError(111, "Connection refused")
 
-    with patch("services.engine.sim.sockets._near", nobody):
+    with patch("kvmesh.sim.sockets._near", nobody):
         async with SimHarness(2, tmp=tmp_path) as h:
             assert await disaggregated(h, prompt) == (reference(prompt, 5), "sim_tcp")
 

@@ -14,10 +14,10 @@ from kvmesh.bench.run import Load
 from kvmesh.bench.run import run as run_load
 from kvmesh.bench.targets import RouterTarget
 from kvmesh.bench.workloads import Ask, Length, synthetic
+from kvmesh.sim.peers import LocalPeers
+from kvmesh.sim.profile import load_profile
 from kvmesh.v1.common_pb2 import SamplingParams
 from services.engine.sim.faults import Faults
-from services.engine.sim.peers import LocalPeers
-from services.engine.sim.profile import load_profile
 from services.engine.sim.runtime import SimRuntime
 from simulator.clock import Stuck, run
 from simulator.mesh import MeshTarget, SimMesh
@@ -220,7 +220,7 @@ def simulate_apart(profile):
         "from kvmesh.bench.report import summarise\n"
         "from kvmesh.bench.run import Load\n"
         "from kvmesh.bench.workloads import Length, synthetic\n"
-        "from services.engine.sim.profile import load_profile\n"
+        "from kvmesh.sim.profile import load_profile\n"
         "from simulator.run import Choice, simulate\n"
         "load = Load(synthetic(8, Length(600, 0.3), Length(12)), arrivals.poisson(4, 8, 3))\n"
         "records = simulate(load_profile(sys.argv[1]), 2, Choice.parse('prefill_decode'), load).records\n"

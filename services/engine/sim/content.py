@@ -13,6 +13,8 @@ from typing import TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from kvmesh.sim.peers import Values
+
 MASK = (1 << 64) - 1
 _A, _B, _C = 0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93, 0xBF58476D1CE4E5B9
 _INVERSE = pow(_A, -1, 1 << 64)
@@ -21,7 +23,6 @@ FIRST = 0x2545F4914F6CDD1D
 UNWRITTEN = 0xDEADDEADDEADDEAD
 
 Ids: TypeAlias = npt.NDArray[np.uint32]
-Values: TypeAlias = npt.NDArray[np.uint64]
 
 
 def scramble(x: int) -> int:

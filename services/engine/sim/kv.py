@@ -16,7 +16,8 @@ import numpy.typing as npt
 
 from kvmesh.blocks import BLOCK_TOKENS, block_hashes
 from kvmesh.dataplane.slots import Slots
-from services.engine.sim.content import UNWRITTEN, Ids, Values
+from kvmesh.sim.peers import Values
+from services.engine.sim.content import UNWRITTEN, Ids
 
 # Slots as the tree keeps them: half the memory, which is most of what a simulation needs.
 Places: TypeAlias = "npt.NDArray[np.int32] | Slots"

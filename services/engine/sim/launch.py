@@ -9,11 +9,11 @@ from pathlib import Path
 
 from kvmesh.dataplane.setup import data_host
 from kvmesh.errors import InvalidArgument
+from kvmesh.sim.profile import load_profile
+from kvmesh.sim.sockets import SocketPeers
 from services.engine.cli import EngineConfig
 from services.engine.sim.faults import Faults
-from services.engine.sim.profile import load_profile
 from services.engine.sim.runtime import SimRuntime
-from services.engine.sim.sockets import SocketPeers
 
 log = logging.getLogger(__name__)
 

@@ -16,9 +16,9 @@ import numpy.typing as npt
 
 from kvmesh.errors import FailedPrecondition, Internal, from_rpc
 from kvmesh.grpcx import channel
+from kvmesh.sim.profile import Batching, Decode, ModelShape, Prefill, Profile, Transfer
 from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2, kv_pb2_grpc
 from kvmesh.v1.common_pb2 import GenerateUsage, SamplingParams
-from services.engine.sim.profile import Batching, Decode, ModelShape, Prefill, Profile, Transfer
 
 CALL_S = 120.0
 # Tokens of each generation that measures decode steps; the first is the prefill's.

@@ -12,6 +12,9 @@ import numpy as np
 from kvmesh.endpoint.base import Destination
 from kvmesh.errors import FailedPrecondition, InvalidArgument, Unavailable
 from kvmesh.process import ProcessRef
+from kvmesh.sim.links import Link
+from kvmesh.sim.peers import Inbox, Peers
+from kvmesh.sim.profile import Profile
 from kvmesh.v1.common_pb2 import SamplingParams
 from kvmesh.v1.kv_pb2 import KvPool
 from services.engine.base import Model, Outputs, Reservation, Runtime, RuntimeLoad, SendReport
@@ -19,9 +22,6 @@ from services.engine.sim.content import Arithmetic, Ids
 from services.engine.sim.faults import Faults
 from services.engine.sim.job import Job, seed_of
 from services.engine.sim.kv import KvCache
-from services.engine.sim.links import Link
-from services.engine.sim.peers import Inbox, Peers
-from services.engine.sim.profile import Profile
 from services.engine.sim.scheduler import Host, Scheduler
 from services.engine.sim.sends import Sends
 

@@ -14,12 +14,12 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from kvmesh.sim.profile import Profile
 from services.engine.base import Ending, RuntimeLoad
 from services.engine.sim.content import Arithmetic
 from services.engine.sim.faults import Faults
 from services.engine.sim.job import Job
 from services.engine.sim.kv import KvCache
-from services.engine.sim.profile import Profile
 from services.engine.sim.reservations import Reservations
 
 log = logging.getLogger(__name__)

@@ -7,19 +7,17 @@ from collections.abc import Callable, Sequence
 
 from kvmesh.dataplane.slots import Slots
 from kvmesh.errors import Aborted
+from kvmesh.sim.carry import carry
+from kvmesh.sim.links import Link
+from kvmesh.sim.peers import Peers, Values
+from kvmesh.sim.profile import Profile
 from kvmesh.v1.kv_pb2 import KvPool
 from services.engine.base import Piece, SendReport
-from services.engine.sim.content import Ids, Values
+from services.engine.sim.content import Ids
 from services.engine.sim.faults import Faults
 from services.engine.sim.job import Job
 from services.engine.sim.kv import KvCache, Node
-from services.engine.sim.links import Link
-from services.engine.sim.peers import Peers
-from services.engine.sim.profile import Profile
 from services.engine.sim.scheduler import Scheduler
-
-# How long a send that is cancelled waits for the chunk on its way; then it hangs up.
-STOP_S = 5.0
 
 
 class Sends:
@@ -75,21 +73,8 @@ class Sends:
     async def _carry(self, pool: KvPool, slots: Slots, values: Values, first: bool, dropped: bool) -> Piece:
         began = self._now()
         size = int(len(values) * self._profile.bytes_per_token * self._faults.slow)
-        if first and (latency := self._profile.transfer.latency * self._faults.slow):
-            await asyncio.sleep(latency)
-        ours = asyncio.ensure_future(self._link.carry(size))
-        theirs = ours if dropped else asyncio.ensure_future(self._peers.write(pool, slots, values, size))
-        try:
-            await asyncio.wait({ours, theirs}, return_when=asyncio.FIRST_EXCEPTION)
-        finally:
-            if not theirs.done():
-                # What is on its way must have arrived, or be known not to, before the slots are anybody else's.
-                await asyncio.wait({theirs}, timeout=STOP_S)
-            for future in (ours, theirs):
-                future.cancel()
-            await asyncio.wait({ours, theirs})
-        for future in (theirs, ours):
-            future.result()
+        latency = self._profile.transfer.latency * self._faults.slow if first else 0.0
+        await carry(self._link, self._peers, pool, slots, values, size, latency=latency, dropped=dropped)
         sent = len(values) * self._profile.bytes_per_token
         return Piece(int(began * 1e9), int(self._now() * 1e9), len(values), sent)
 

@@ -22,9 +22,8 @@ from kvmesh.dataplane.slots import Slots
 from kvmesh.errors import Aborted, InvalidArgument, MeshError
 from kvmesh.grpcx import join_address, split_address
 from kvmesh.process import ProcessRef
+from kvmesh.sim.peers import TCP_TRANSPORT, TRANSPORT, Inbox, Peers, Values
 from kvmesh.v1.kv_pb2 import KvPool, Meeting, Process
-from services.engine.sim.content import Values
-from services.engine.sim.peers import TCP_TRANSPORT, TRANSPORT, Inbox, Peers
 
 log = logging.getLogger(__name__)
 

@@ -6,38 +6,53 @@ What travels is one 64-bit number a token; it takes as long as real KV would, on
 from __future__ import annotations
 
 import abc
+from typing import Protocol, TypeAlias
 
+import numpy as np
+import numpy.typing as npt
+
+from kvmesh.dataplane.choice import SIMULATED
 from kvmesh.dataplane.layout import Layout
 from kvmesh.dataplane.slots import Slots
 from kvmesh.errors import InvalidArgument, Unavailable
 from kvmesh.process import ProcessRef
+from kvmesh.sim.links import Link
 from kvmesh.v1.kv_pb2 import KvPool, Process
-from services.engine.sim.content import Values
-from services.engine.sim.kv import KvCache
-from services.engine.sim.links import Link
 
+# What stands for the KV of tokens, one number each.
+Values: TypeAlias = npt.NDArray[np.uint64]
 # Within a host, and between hosts.
-TRANSPORT, TCP_TRANSPORT = "sim", "sim_tcp"
+TRANSPORT, TCP_TRANSPORT = SIMULATED, "sim_tcp"
+
+
+class Cells(Protocol):
+    """A pool of `total` slots, rows 1 to `total`, and what is in each row."""
+
+    @property
+    def total(self) -> int: ...
+
+    @property
+    def values(self) -> Values: ...
 
 
 class Inbox:
     """The receiving end of one pool: what comes takes its time on `link`, then it is in the slots."""
 
-    def __init__(self, cache: KvCache, link: Link) -> None:
-        self._cache = cache
+    def __init__(self, cells: Cells, link: Link) -> None:
+        self._cells = cells
         self._link = link
 
     @property
     def total(self) -> int:
         """Slots of the pool."""
-        return self._cache.total
+        return self._cells.total
 
     async def take(self, slots: Slots, values: Values, size: int) -> None:
         """One chunk. Raises InvalidArgument for slots that the pool has not."""
-        if len(slots) and not (slots.min() > 0 and slots.max() <= self._cache.total):
-            raise InvalidArgument(f"slots are not rows 1 to {self._cache.total} of the pool")
+        if len(slots) and not (slots.min() > 0 and slots.max() <= self._cells.total):
+            raise InvalidArgument(f"slots are not rows 1 to {self._cells.total} of the pool")
         await self._link.carry(size)
-        self._cache.values[slots] = values
+        self._cells.values[slots] = values
 
 
 class Peers(abc.ABC):

@@ -1,0 +1,1 @@
+"""What simulated engines and stores share: profiles, links, and the transport between them."""
