@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from kvmesh.bench.options import asks_of, load_of, load_options, slo_of
+
+if TYPE_CHECKING:
+    from kvmesh.v1.kvstore_pb2 import StoreStats
 
 
 @click.command()
@@ -16,6 +19,8 @@ from kvmesh.bench.options import asks_of, load_of, load_options, slo_of
 @click.option(
     "--strategy", "strategies", multiple=True, required=True, metavar="NAME[,KEY=VALUE]...", help="May be repeated."
 )
+@click.option("--stores", default=0, show_default=True, type=click.IntRange(0, 100), help="Simulated KV stores.")
+@click.option("--store-memory", default="64GiB", show_default=True, metavar="SIZE", help="Of KV that each keeps.")
 @load_options
 @click.option("--latency", default=0.5, show_default=True, type=click.FloatRange(0), help="Of a call, one way, in ms.")
 @click.option("--json", "folder", type=click.Path(file_okay=False, path_type=Path), help="Write a report each there.")
@@ -24,6 +29,8 @@ def sim(
     engines: int,
     profile: str,
     strategies: tuple[str, ...],
+    stores: int,
+    store_memory: str,
     latency: float,
     folder: Path | None,
     plot: Path | None,
@@ -37,6 +44,7 @@ def sim(
     from kvmesh.bench.cli import fitting
     from kvmesh.bench.report import comparison, summarise, table
     from kvmesh.sim.profile import load_profile
+    from kvmesh.sizes import parse_size
     from simulator.run import Choice, simulate
 
     logging.disable(logging.INFO)
@@ -44,17 +52,30 @@ def sim(
         plots.check(plot)
     engine = load_profile(profile)
     asks = fitting(asks_of(given), engine.model.context_length)
+    memory_bytes = parse_size(store_memory, "store_memory")
     choices = [Choice.parse(text) for text in strategies]
     reports = []
     for choice in choices:
         load = load_of(given, asks)
         load.on_progress = _progress(choice.text)
-        outcome = simulate(engine, engines, choice, load, given["seed"], latency / 1000)
+        outcome = simulate(
+            engine,
+            engines,
+            choice,
+            load,
+            given["seed"],
+            latency / 1000,
+            stores=stores,
+            store_memory=memory_bytes,
+        )
         about = {key: str(value) for key, value in given.items() if value}
         about |= {"target": "simulator", "engines": str(engines), "profile": engine.name}
+        about |= {"stores": str(stores), "store_memory": store_memory} if stores else {}
         report = summarise(choice.text, outcome.records, warmup=given["warmup"], slo=slo_of(given), about=about)
         reports.append(report)
         click.echo(table(report))
+        if stores:
+            click.echo(_kept(outcome.stores))
         memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
         click.echo(
             f"  simulated    {outcome.virtual:.1f} s of {engines} engines in {outcome.real:.1f} s, "
@@ -68,6 +89,15 @@ def sim(
             (folder / f"{report.name.replace(',', '_')}.json").write_text(report.json() + "\n")
     if plot is not None:
         plots.distributions(reports, plot)
+
+
+def _kept(stats: StoreStats) -> str:
+    """What the stores did."""
+    share = stats.sent_tokens / max(1, stats.asked_tokens)
+    return (
+        f"  stores       gave {stats.sent_tokens} of {stats.asked_tokens} tokens that were looked for ({share:.0%}); "
+        f"blocks: {stats.stored_blocks} saved, {stats.evicted_blocks} evicted"
+    )
 
 
 def _progress(name: str) -> Any:

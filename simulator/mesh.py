@@ -38,12 +38,15 @@ from services.router.board import StrategyBoard, catalog
 from services.router.door import Door
 from services.router.link import EngineLink
 from services.router.runtime import Runtime as RouterRuntime
+from services.router.storelink import StoreLinks
 from services.router.view import MeshView
 from simulator.network import Network
+from simulator.stores import StoreNode
 
 HOST_ID = "simulated"
 # Decode steps that are handed out together while nothing else happens.
 SPAN = 64
+STORE_MEMORY = 64 << 30
 
 
 class NoTokenizers:
@@ -165,14 +168,21 @@ class SimLink(EngineLink):
 
 
 class SimMesh:
-    """A router over `count` engines of one profile.
+    """A router over `count` engines of one profile, and `stores` KV stores of `store_memory` bytes of KV each.
 
     In seconds, `latency`: of a call between services, one way; `front`: what a request spends outside of the engines
     besides, on its way from the client and back.
     """
 
     def __init__(
-        self, profile: Profile, count: int, seed: int = 0, latency: float = 0.0005, front: float = 0.0
+        self,
+        profile: Profile,
+        count: int,
+        seed: int = 0,
+        latency: float = 0.0005,
+        front: float = 0.0,
+        stores: int = 0,
+        store_memory: int = STORE_MEMORY,
     ) -> None:
         self.profile = profile
         self.front = front
@@ -184,12 +194,16 @@ class SimMesh:
             Node(f"engine-{i}", profile, self._network, peers, arithmetic, seed * 100_003 + i, host)
             for i in range(count)
         ]
+        self.stores = [
+            StoreNode(f"store-{i}", profile, store_memory, self._network, peers, seed, HOST_ID) for i in range(stores)
+        ]
+        self._members: list[Node | StoreNode] = [*self.nodes, *self.stores]
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> SimMesh:
         try:
-            for node in self.nodes:
-                await node.start(self._stack)
+            for member in self._members:
+                await member.start(self._stack)
             await self._start_router()
         except BaseException:
             await self._stack.aclose()
@@ -202,7 +216,7 @@ class SimMesh:
         def make_link(member: Member, tasks: Tasks, on_change: Callable[[], None]) -> EngineLink:
             return SimLink(nodes[member.endpoint.name], self._network, member, tasks, on_change)
 
-        self.view = MeshView(make_link=make_link)
+        self.view = MeshView(make_link=make_link, stores=StoreLinks(self._network.channel))
         self._stack.push_async_callback(self.view.close)
         telemetry = Telemetry("router", "router", TraceConfig(trace_ratio=0))
         # Settings are what a registry keeps: here each request names its strategy.
@@ -212,9 +226,10 @@ class SimMesh:
         # No limits: what waits, waits at the engines.
         admission = Admission(0, 0, 0, time.monotonic)
         self.door = Door(self.view, board, runtime, cast("Tokenizers", NoTokenizers()), telemetry, admission)
-        self.view.update({node.name: node.member for node in self.nodes})
+        self.view.update({member.name: member.member for member in self._members})
         async with asyncio.timeout(10):
             await self.view.wait_connected(len(self.nodes))
+            await self.view.stores.wait_connected(len(self.stores))
 
     async def __aexit__(self, *error: Any) -> None:
         await self._stack.aclose()

@@ -11,8 +11,10 @@ from kvmesh.bench.records import Record
 from kvmesh.bench.run import Load
 from kvmesh.bench.run import run as run_load
 from kvmesh.sim.profile import Profile
+from kvmesh.v1.kvstore_pb2 import StoreStats
 from simulator.clock import run
-from simulator.mesh import MeshTarget, SimMesh
+from simulator.mesh import STORE_MEMORY, MeshTarget, SimMesh
+from simulator.stores import total
 
 
 @dataclass(frozen=True)
@@ -40,11 +42,12 @@ class Choice:
 
 @dataclass
 class Outcome:
-    """What a run gave. `virtual` and `real`: how long it took there and here, in seconds."""
+    """What a run gave. `virtual` and `real`: how long it took there and here, in seconds; `stores`: all in sum."""
 
     records: list[Record]
     virtual: float
     real: float
+    stores: StoreStats
 
 
 def simulate(
@@ -55,22 +58,24 @@ def simulate(
     seed: int = 0,
     latency: float = 0.0005,
     front: float = 0.0,
+    stores: int = 0,
+    store_memory: int = STORE_MEMORY,
 ) -> Outcome:
-    """Runs it; the same at the same seed. `latency` and `front` as SimMesh has them."""
+    """Runs it; the same at the same seed. From `latency` on, all is as SimMesh has it."""
     random.seed(seed)
     gc.collect()
     began = time.perf_counter()
 
-    async def whole() -> tuple[list[Record], float]:
+    async def whole() -> tuple[list[Record], float, StoreStats]:
         start = time.monotonic()
-        async with SimMesh(profile, engines, seed, latency, front) as mesh:
+        async with SimMesh(profile, engines, seed, latency, front, stores, store_memory) as mesh:
             # What has been made up to here stays: to look through it for garbage, again and again, is of no use.
             gc.freeze()
             records = await run_load(MeshTarget(mesh, choice.strategy, choice.params), load)
-            return records, time.monotonic() - start
+            return records, time.monotonic() - start, total(mesh.stores)
 
     try:
-        records, virtual = run(whole())
+        records, virtual, kept = run(whole())
     finally:
         gc.unfreeze()
-    return Outcome(records, virtual, time.perf_counter() - began)
+    return Outcome(records, virtual, time.perf_counter() - began, kept)

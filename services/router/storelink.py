@@ -54,6 +54,16 @@ class StoreLinks:
         self.links: dict[str, StoreLink] = {}
         self._connect = connect
         self._tasks = Tasks()
+        self._changed = asyncio.Event()
+
+    def _link_changed(self) -> None:
+        changed, self._changed = self._changed, asyncio.Event()
+        changed.set()
+
+    async def wait_connected(self, count: int) -> None:
+        """Waits until `count` stores are up; the caller sets the deadline."""
+        while sum(link.connected for link in self.links.values()) < count:
+            await self._changed.wait()
 
     def update(self, members: Mapping[str, Member]) -> None:
         """Makes the links those of the stores in `members`; a new incarnation gets a new link."""
@@ -66,7 +76,7 @@ class StoreLinks:
         for name, member in stores.items():
             if name not in self.links:
                 log.info("store %s at %s", name, member.endpoint.address)
-                self.links[name] = StoreLink(member, self._tasks, lambda: None, self._connect)
+                self.links[name] = StoreLink(member, self._tasks, self._link_changed, self._connect)
 
     def candidates(self, engines: Sequence[EngineLink]) -> list[StoreLink]:
         """Links to the stores that are up and keep KV that these engines can use."""

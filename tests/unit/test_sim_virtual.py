@@ -282,6 +282,38 @@ def test_the_command(tmp_path):
     assert done.returncode == 1 and "is not KEY=VALUE" in done.stderr
 
 
+def with_stores(stores, strategy, memory=1 << 30, seed=3):
+    """Many prompts with 16 beginnings of 1,280 tokens, on engines that can hold six of them each."""
+    profile = load_profile("tiny-cpu").replace(kv_tokens=8192)
+    asks = synthetic(300, Length(1400), Length(6), seed=seed, prefix_tokens=1280, prefixes=16)
+    load = Load(asks, arrivals.poisson(20, 300, seed), timeout=60)
+    return simulate(profile, 2, Choice.parse(strategy), load, seed, stores=stores, store_memory=memory)
+
+
+def test_stores_give_what_engines_have_evicted():
+    alone, kept = with_stores(0, "data_parallel"), with_stores(2, "store_backed")
+    assert not any(r.error for o in (alone, kept) for r in o.records)
+    stats = kept.stores
+    # Each beginning is saved once, and restored most of the times after that.
+    assert stats.sent_tokens > 0.6 * stats.asked_tokens > 100_000 and stats.memory_used >= 16 * 20
+    hits = [sum(r.cached_tokens for r in outcome.records) for outcome in (alone, kept)]
+    assert hits[1] > 2 * hits[0]
+    waits = [sum(r.ttft for r in outcome.records) for outcome in (alone, kept)]
+    assert waits[1] < 0.6 * waits[0]
+    # The same at the same seed, to the last digit; another at another.
+    again, other = with_stores(2, "store_backed"), with_stores(2, "store_backed", seed=4)
+    assert [r.tokens for r in again.records] == [r.tokens for r in kept.records] and again.stores == stats
+    assert [r.tokens for r in other.records] != [r.tokens for r in kept.records]
+
+
+def test_a_store_that_is_small_evicts():
+    block = 64 * load_profile("tiny-cpu").bytes_per_token
+    outcome = with_stores(1, "store_backed", memory=41 * block)
+    stats = outcome.stores
+    assert stats.memory_used + stats.memory_free + stats.memory_reserved == 40 and stats.evicted_blocks > 100
+    assert not any(r.error for r in outcome.records)
+
+
 def test_services_do_not_import_each_other_or_the_simulator():
     """Services know kvmesh only; the simulator knows all of them, and nobody knows it."""
     import ast
