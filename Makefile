@@ -71,7 +71,8 @@ format: setup ## Formats the code with ruff.
 	@$(PY) -m ruff format --quiet .
 
 cluster: ## Brings up deploy/docker-compose.yml with simulated engines; needs docker and compose.
-	@docker compose -f deploy/docker-compose.yml --profile sim up --build
+	@compose="docker compose"; $$compose version >/dev/null 2>&1 || compose=docker-compose; \
+		$$compose -f deploy/docker-compose.yml --profile sim up --build
 
 clean: ## Removes what was built in this clone; the environment that all clones share stays.
 	@rm -rf .venv build kvmesh.egg-info .mypy_cache .ruff_cache .pytest_cache

@@ -24,6 +24,8 @@ def stores_part(stores: Sequence[MeshStore]) -> list[RenderableType]:
     for store in stores:
         table.add_row(*_row(store))
     legend = "memory and disk: tokens kept; asked, sent: tokens that requests looked for and got; lost: damaged blocks"
+    if any(SIMULATED in store.info.transports for store in stores):
+        legend += "; sim: simulated, numbers in place of KV"
     return [Text(""), table, Text(legend, style="dim")]
 
 
@@ -43,5 +45,5 @@ def _row(store: MeshStore) -> list[str | Text]:
     ]
     state = Text("up", "green") if store.connected else Text("lost", "red")
     if SIMULATED in info.transports:
-        state.append(", simulated", "yellow")
+        state.append(", sim", "yellow")
     return [store.member.endpoint.name, store.member.endpoint.address, state, *map(str, numbers)]

@@ -65,7 +65,10 @@ def _told(config: KvStoreConfig) -> Served:
 
     folder = Path(config.model).expanduser().resolve()
     content = read_config(folder)
-    layout = layout_of(folder, config.dtype, config.page_size)
+    try:
+        layout = layout_of(folder, config.dtype, config.page_size)
+    except OSError as error:
+        raise InvalidArgument(f"model = {config.model!r} cannot be read: {error.strerror}: {error.filename}") from error
     return Served(
         layout,
         config.model_name or folder.name,

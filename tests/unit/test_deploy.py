@@ -76,15 +76,17 @@ def test_every_service_builds_from_a_stage_that_exists_and_depends_on_services_t
 )
 def test_commands_use_options_that_exist(name: str):
     image = COMPOSE["services"][name]["image"].removeprefix("kvmesh/")
-    command = {"registry": registry, "router": router, "sim": engine, "engine": engine, "kvstore": kvstore}[image]
+    commands = {"registry": registry, "router": router, "sim": engine, "engine": engine}
+    command = {**commands, "kvstore": kvstore, "sim-kvstore": kvstore}[image]
     known = set(OPTIONS.findall(CliRunner().invoke(command, ["--help"]).output))
     assert set(OPTIONS.findall(COMPOSE["services"][name]["command"])) <= known
 
 
 def test_the_store_has_the_torch_of_the_engines():
     project = (DEPLOY.parent / "pyproject.toml").read_text()
-    (pin,) = re.findall(r'"(torch==[0-9.]+)"', project)
-    assert pin in (DEPLOY / "Dockerfile").read_text()
+    (pin,) = re.findall(r'"torch==([0-9.]+)"', project)
+    assert f"ARG TORCH={pin}\n" in (DEPLOY / "Dockerfile").read_text()
+    assert COMPOSE["x-build"]["args"]["TORCH"] == f"${{TORCH:-{pin}}}"
 
 
 def test_only_loopback_is_published():

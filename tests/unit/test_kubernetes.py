@@ -1,6 +1,6 @@
 """deploy/k8s: kustomize makes whole manifests of it, whose parts fit each other and kvmesh's options.
 
-A check of structure, not against Kubernetes' schemas: neither a cluster nor kubeconform is to be had here.
+A check of structure; deploy/README.md has the command that holds them against Kubernetes' schemas.
 """
 
 from __future__ import annotations
@@ -21,7 +21,14 @@ from services.registry.cli import registry
 from services.router.cli import router
 
 K8S = Path(__file__).resolve().parents[2] / "deploy" / "k8s"
-COMMANDS = {"registry": registry, "router": router, "kvstore": kvstore, "sim": engine, "engine": engine}
+COMMANDS = {
+    "registry": registry,
+    "router": router,
+    "kvstore": kvstore,
+    "sim-kvstore": kvstore,
+    "sim": engine,
+    "engine": engine,
+}
 KUBECTL = shutil.which("kubectl") or shutil.which("kustomize")
 
 
@@ -71,6 +78,11 @@ def test_the_parts_fit(overlay: str) -> None:
         assert {m["name"] for m in container["volumeMounts"]} == volumes, name
         if load["kind"] == "StatefulSet":
             assert spec["serviceName"] in services
+        kind = "sim" if overlay.startswith("sim") else overlay
+        stands_for = {("sim", "engine"): "kvmesh/sim", ("sim", "kvstore"): "kvmesh/sim-kvstore"}
+        if name in ("engine", "kvstore"):
+            assert container["image"] == stands_for.get((kind, name), f"kvmesh/{name}")
+            assert any(a.startswith("--sim=") for a in container["args"]) == (kind == "sim")
         if container["image"].startswith("kvmesh/"):
             _look_at(container, template["spec"], services, overlay)
 
@@ -89,7 +101,9 @@ def _look_at(container: dict[str, Any], pod: dict[str, Any], services: dict[str,
     variables = {v["name"]: v for v in container["env"]}
     used = set(re.findall(r"\$\((\w+)\)", " ".join(container["args"])))
     assert used <= set(variables)
-    prefix = {"sim": "ENGINE"}.get(image, image.upper())
+    prefix = {"sim": "ENGINE", "sim-kvstore": "KVSTORE"}.get(image, image.upper())
+    # KV goes to peers that find the pod by its address: its name may not be known yet when it starts.
+    assert ("--data-host=$(POD_IP)" in container["args"]) == (prefix in ("ENGINE", "KVSTORE"))
     own = {name for name in variables if name.startswith("KVMESH_")}
     assert all(name in re.sub(r"\s", "", text) for name in own) and all(f"KVMESH_{prefix}_" in n for n in own)
     assert pod["securityContext"]["runAsNonRoot"] and not container["securityContext"]["allowPrivilegeEscalation"]

@@ -158,6 +158,15 @@ def test_bad_settings_are_usage_errors(message: str) -> None:
     assert result.exit_code == 2 and message in result.output.replace("\n", " ")
 
 
+async def test_weights_that_cannot_be_read_are_named(tmp_path: Path) -> None:
+    folder = model_folder(tmp_path / "toy")
+    (folder / "model.safetensors").unlink()
+    (folder / "model.safetensors").symlink_to(tmp_path / "gone")
+    with pytest.raises(InvalidArgument, match=r"model = .*toy' cannot be read: .*model.safetensors"):
+        async with started(model=str(folder)):
+            pass
+
+
 def test_sizes() -> None:
     assert parse_size("8GiB", "x") == 8 << 30 and parse_size("1.5 KiB", "x") == 1536
     assert parse_size("500MB", "x") == 500_000_000 and parse_size("4096", "x") == 4096
