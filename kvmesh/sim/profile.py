@@ -73,7 +73,10 @@ class Batching:
 
 @dataclass(frozen=True)
 class Transfer:
-    """The engine's link to others, each way: bytes a second over all ranks, and seconds before the first byte."""
+    """The engine's link to others, each way: bytes a second over all ranks, and seconds that each send takes besides.
+
+    They come with its last chunk: no computing hides them.
+    """
 
     bytes_per_second: float
     latency: float = 0.0

@@ -84,7 +84,7 @@ class SimCarrier(Carrier):
         for at in range(0, len(source), step):
             began, values = self._now(), self._memory.values[source[at : at + step]]
             size, target = len(values) * self._token_bytes, to.slots[at : at + step]
-            latency = 0.0 if at else self._latency
+            latency = self._latency if at + step >= len(source) else 0.0
             await carry(self._out, self._peers, to.pools[0], target, values, size, latency=latency)
             pieces.append(Piece(int(began * 1e9), int(self._now() * 1e9), len(values), size))
         return pieces

@@ -52,14 +52,14 @@ class Sends:
             dropped = self._faults.take("drop_transfers")
             self._scheduler.submit(send.job)
             pieces: list[Piece] = []
-            first = True
             while (chunk := await send.chunk()) is not None:
                 at, values = chunk
                 # Cancelling waits for the chunk that is on its way.
                 pieces.append(
-                    await self._carry(pools[0], slots[at - begin : at - begin + len(values)], values, first, dropped)
+                    await self._carry(
+                        pools[0], slots[at - begin : at - begin + len(values)], values, send.last, dropped
+                    )
                 )
-                first = False
             cached = min(send.cached, end)
             return SendReport(
                 cached, end - cached, int(send.job.began * 1e9), int((send.prefilled or self._now()) * 1e9), pieces
@@ -70,10 +70,10 @@ class Sends:
             send.close()
             self._scheduler.wake()
 
-    async def _carry(self, pool: KvPool, slots: Slots, values: Values, first: bool, dropped: bool) -> Piece:
+    async def _carry(self, pool: KvPool, slots: Slots, values: Values, last: bool, dropped: bool) -> Piece:
         began = self._now()
         size = int(len(values) * self._profile.bytes_per_token * self._faults.slow)
-        latency = self._profile.transfer.latency * self._faults.slow if first else 0.0
+        latency = self._profile.transfer.latency * self._faults.slow if last else 0.0
         await carry(self._link, self._peers, pool, slots, values, size, latency=latency, dropped=dropped)
         sent = len(values) * self._profile.bytes_per_token
         return Piece(int(began * 1e9), int(self._now() * 1e9), len(values), sent)
@@ -92,7 +92,8 @@ class _Send:
         self._sent = begin
         self._ready: asyncio.Queue[tuple[int, Values] | str] = asyncio.Queue()
         self._locks: list[Node] = []
-        self._last = begin >= job.end
+        # Nothing is left to be handed out.
+        self.last = begin >= job.end
         job.on_ready = self._on_ready
         job.on_failed = self._ready.put_nowait
 
@@ -109,12 +110,12 @@ class _Send:
 
     async def chunk(self) -> tuple[int, Values] | None:
         """The next: (first token, KV); None after the last. Raises Aborted when the prefill failed."""
-        if self._last:
+        if self.last:
             return None
         got = await self._ready.get()
         if isinstance(got, str):
             raise Aborted(f"the prefill failed: {got}")
-        self._last = got[0] + len(got[1]) >= self.job.end
+        self.last = got[0] + len(got[1]) >= self.job.end
         return got
 
     def close(self) -> None:
