@@ -39,6 +39,8 @@ CHUNK_TOKENS, KV_TOKENS = 512, 16384
 PLAN = Plan((64, 256, 512, 1024, 1536), (1, 2, 4, 8), repeats=1, chunk_tokens=CHUNK_TOKENS)
 # Before each request that measures what the way to the engines takes, in seconds.
 PAUSE_S = 0.3
+# Requests, one after the other, that measure what two engines take from each other.
+SHARING = 10
 # Requests of a round that come before those that count.
 WARMUP = 5
 
@@ -79,6 +81,21 @@ async def overhead(target: RouterTarget, probe: Probe, seed: int) -> float:
     return max(0.0, median(found))
 
 
+async def sharing(target: RouterTarget, seed: int) -> list[float]:
+    """How many times as long a request takes when the other engine serves one as well; router and client work for both.
+
+    `target` sends two requests at once to different engines.
+    """
+
+    async def whole(at_once: int) -> float:
+        numbers = range(SHARING * at_once)
+        asks = [Ask(512, 48, ((((seed << 8) + at_once << 40) + i, 512),)) for i in numbers]
+        records = await run_load(target, Load(asks, concurrency=at_once, timeout=60))
+        return median(r.jct for r in records)
+
+    return [await whole(2) / await whole(1) for _ in range(2)]
+
+
 async def real(count: int, rate: float, rounds: int, seed: int) -> Reality:
     """Starts the mesh, measures, and stops it."""
     options = MeshOptions(name="reality", engines=2, trace_ratio=0.0, http="", kv_tokens=KV_TOKENS)
@@ -98,16 +115,20 @@ async def real(count: int, rate: float, rounds: int, seed: int) -> Reality:
             # The first passes of each shape are slow, in any of the processes.
             for probe in probes:
                 await measure(probe, None, dataclasses.replace(PLAN, batches=(1, 4)), lambda said: None)
-            fronts = []
+            fronts: list[float] = []
+            shares: list[float] = []
             for round_ in range(rounds):
                 part = await measure(probes[0], probes[1], PLAN, lambda said: None)
                 measured.add(part)
                 fronts.append(await overhead(targets["data_parallel"], probes[0], round_ + 1))
+                shares += await sharing(targets["data_parallel"], 1000 + round_)
                 for n, (strategy, target) in enumerate(targets.items()):
                     got = await run_load(target, load_of(count, rate, seed, 1 + n + round_ * len(targets)))
                     records[strategy].append(got[WARMUP:])
                     failed = [r.error for r in got if r.error]
                     click.echo(f"round {round_ + 1}, {strategy}: {len(failed)} failed {set(failed) or ''}", err=True)
+            # In place of what engines alone take from each other.
+            measured.together = shares
             profile = fit("this-machine", probes[0].info, measured, PLAN)
         finally:
             for probe in probes:

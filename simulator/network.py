@@ -37,8 +37,11 @@ class _Context:
     async def write(self, message: Any) -> None:
         self._call.deliver(message)
 
-    async def abort(self, code: grpc.StatusCode, details: str = "") -> None:
+    async def abort(
+        self, code: grpc.StatusCode, details: str = "", trailing_metadata: Iterable[tuple[str, Any]] = ()
+    ) -> None:
         self._call.status = (code, details)
+        self._call.trailing = grpc.aio.Metadata(*trailing_metadata)
         raise grpc.aio.AbortError
 
     def cancelled(self) -> bool:
@@ -61,6 +64,7 @@ class _Call(AsyncIterator[Any]):
     ) -> None:
         loop = asyncio.get_running_loop()
         self.status: tuple[grpc.StatusCode, str] | None = None
+        self.trailing = grpc.aio.Metadata()
         self._latency = latency
         self._sent: asyncio.Queue[Any] = asyncio.Queue()
         self._answers: asyncio.Queue[Any] = asyncio.Queue()
@@ -133,7 +137,7 @@ class _Call(AsyncIterator[Any]):
             await asyncio.wait({self._task})
         code, details = self.status or (_OK, "")
         if code is not _OK:
-            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), grpc.aio.Metadata(), details, "")
+            raise grpc.aio.AioRpcError(code, grpc.aio.Metadata(), self.trailing, details, "")
         return EOF
 
     async def __anext__(self) -> Any:

@@ -14,6 +14,8 @@ from kvmesh.bench.run import Load
 from kvmesh.bench.run import run as run_load
 from kvmesh.bench.targets import RouterTarget
 from kvmesh.bench.workloads import Ask, Length, synthetic
+from kvmesh.errors import NotFound, from_rpc
+from kvmesh.grpcx import rpc
 from kvmesh.sim.peers import LocalPeers
 from kvmesh.sim.profile import load_profile
 from kvmesh.v1.common_pb2 import SamplingParams
@@ -68,8 +70,11 @@ class Servicer:
         async for request in requests:
             await context.write(2 * request)
 
+    @rpc
     async def Fails(self, request, context):
-        await context.abort(grpc.StatusCode.NOT_FOUND, "nothing")
+        error = NotFound("nothing")
+        error.retry_after = 2
+        raise error
 
 
 def test_calls_without_a_network():
@@ -92,6 +97,9 @@ def test_calls_without_a_network():
             with pytest.raises(grpc.aio.AioRpcError) as caught:
                 await getattr(call, method)()
             codes.append(caught.value.code())
+        # As services say it over a network.
+        error = from_rpc(caught.value, "here")
+        assert isinstance(error, NotFound) and error.told and error.retry_after == 2
         with pytest.raises(grpc.aio.AioRpcError) as caught:
             await network.channel("there").unary_unary("/x/One")(1)
         codes.append(caught.value.code())
