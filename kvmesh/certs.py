@@ -66,15 +66,41 @@ class Authority:
 
     def issue(self, folder: Path, name: str, role: str, hosts: Sequence[str] = ()) -> None:
         """Writes NAME.pem and NAME.key, good for `hosts` and this machine's loopback names. Raises AlreadyExists."""
-        x509, ec, hashes, _ = _library()
+        x509 = _library()[0]
         if (folder / f"{name}.key").exists():
             raise AlreadyExists(f"{folder / name}.key exists already")
-        key = ec.generate_private_key(ec.SECP256R1())
-        uses = [x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH]
         names: list[Any] = [x509.UniformResourceIdentifier(ROLES[role])]
         if role == "service":
-            uses.append(x509.oid.ExtendedKeyUsageOID.SERVER_AUTH)
             names += [_host(host) for host in dict.fromkeys((*LOCAL, *hosts))]
+        certificate, key = self._sign(name, names)
+        _write(folder / f"{name}.pem", certificate)
+        _write(folder / f"{name}.key", key, secret=True)
+
+    def renew(self, folder: Path, name: str) -> str:
+        """Puts a new certificate and key in the place of NAME.pem and NAME.key, for the same role and hosts; the role.
+
+        Raises InvalidArgument when NAME.pem is no certificate of this CA's.
+        """
+        x509 = _library()[0]
+        try:
+            old = x509.load_pem_x509_certificate((folder / f"{name}.pem").read_bytes())
+            old.verify_directly_issued_by(self._certificate)
+            names = list(old.extensions.get_extension_for_class(x509.SubjectAlternativeName).value)
+        except Exception as error:
+            raise InvalidArgument(f"{folder / name}.pem is no certificate of this CA's: {error!r}") from None
+        certificate, key = self._sign(name, names)
+        # Whoever reads them between the two sees that they do not fit, and reads again.
+        _replace(folder / f"{name}.key", key)
+        _replace(folder / f"{name}.pem", certificate)
+        return "service" if SERVICE in [n.value for n in names] else "client"
+
+    def _sign(self, name: str, names: list[Any]) -> tuple[bytes, bytes]:
+        """(certificate, key) for those alternative names."""
+        x509, ec, hashes, _ = _library()
+        key = ec.generate_private_key(ec.SECP256R1())
+        uses = [x509.oid.ExtendedKeyUsageOID.CLIENT_AUTH]
+        if SERVICE in [n.value for n in names]:
+            uses.append(x509.oid.ExtendedKeyUsageOID.SERVER_AUTH)
         issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(self._key.public_key())
         builder = (
             _builder(_name(name), self._certificate.subject, key.public_key(), DAYS)
@@ -84,8 +110,7 @@ class Authority:
             .add_extension(x509.SubjectAlternativeName(names), critical=False)
             .add_extension(issuer, critical=False)
         )
-        _write(folder / f"{name}.pem", _certificate_pem(builder.sign(self._key, hashes.SHA256())))
-        _write(folder / f"{name}.key", _key_pem(key), secret=True)
+        return _certificate_pem(builder.sign(self._key, hashes.SHA256())), _key_pem(key)
 
 
 def _library() -> tuple[Any, Any, Any, Any]:
@@ -150,3 +175,12 @@ def _write(path: Path, content: bytes, secret: bool = False) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600 if secret else 0o644)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
+
+
+def _replace(path: Path, content: bytes) -> None:
+    """In one step, with the rights that the file had."""
+    scratch = path.with_name(f".{path.name}.new")
+    scratch.unlink(missing_ok=True)
+    _write(scratch, content, secret=True)
+    os.chmod(scratch, path.stat().st_mode & 0o777)
+    os.replace(scratch, path)

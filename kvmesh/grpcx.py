@@ -112,13 +112,24 @@ def loopback(host: str) -> bool:
 
 
 def channel(address: str, tls: Tls | None = None) -> grpc.aio.Channel:
-    """An asyncio channel that connects, and reconnects, by itself; its owner closes it."""
+    """An asyncio channel that connects, and reconnects, by itself; its owner closes it.
+
+    With `tls` of files it takes certificates that are renewed there.
+    """
     import grpc.aio
 
     _keep_engine()
     if tls is None:
         return grpc.aio.insecure_channel(address, options=_CHANNEL)
-    return grpc.aio.secure_channel(address, tls.channel_credentials(), options=_CHANNEL)
+
+    def make(now: Tls) -> grpc.aio.Channel:
+        return grpc.aio.secure_channel(address, now.channel_credentials(), options=_CHANNEL)
+
+    if tls.files is None:
+        return make(tls)
+    from kvmesh.renewal import RenewedChannel
+
+    return RenewedChannel(make, tls.files)
 
 
 def connector(tls: Tls | None) -> Callable[[str], grpc.aio.Channel]:

@@ -75,9 +75,16 @@ async def serving(listen: str, registry: CollectorRegistry, config: ServiceConfi
         server, thread = start_http_server(port, host, registry, **tls)
     except OSError as error:
         raise Unavailable(f"cannot listen on {listen} for metrics: {error.strerror}") from error
+    keeping = None
+    if tls:
+        from kvmesh.renewal import keep
+
+        keeping = asyncio.create_task(keep(lambda: server.socket.context, tls["certfile"], tls["keyfile"]))  # type: ignore[attr-defined]
     try:
         yield join_address(host, _port(server))
     finally:
+        if keeping is not None:
+            keeping.cancel()
         await asyncio.to_thread(server.shutdown)
         server.server_close()
         await asyncio.to_thread(thread.join, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,17 +11,23 @@ from kvmesh.errors import InvalidArgument
 if TYPE_CHECKING:
     import grpc
 
+    from kvmesh.renewal import Files
+
 # A certificate says by one of these names, among its others, what its holder may call: everything, or the router.
 SERVICE, CLIENT = "urn:kvmesh:service", "urn:kvmesh:client"
 
 
 @dataclass(frozen=True)
 class Tls:
-    """PEM texts of one party. Without `certificate` and `key` it looks at the other side's, and shows none."""
+    """PEM texts of one party. Without `certificate` and `key` it looks at the other side's, and shows none.
+
+    `files`: where they were read; servers and asyncio channels take what these hold later.
+    """
 
     ca: bytes = field(repr=False)
     certificate: bytes = field(default=b"", repr=False)
     key: bytes = field(default=b"", repr=False)
+    files: Files | None = field(default=None, repr=False, compare=False)
 
     @staticmethod
     def read(ca: str, certificate: str = "", key: str = "") -> Tls | None:
@@ -32,8 +38,16 @@ class Tls:
             raise InvalidArgument("tls_ca is missing: tls_cert and tls_key go with the CA that others are checked by")
         if bool(certificate) != bool(key):
             raise InvalidArgument("tls_cert and tls_key go together")
-        texts = [_pem(name, path) for name, path in (("tls_ca", ca), ("tls_cert", certificate), ("tls_key", key))]
-        return Tls(*texts)
+        from kvmesh.renewal import Files
+
+        files = Files((ca, certificate, key))
+        return replace(files.now(), files=files)
+
+    @staticmethod
+    def of(paths: tuple[str, str, str]) -> Tls:
+        """What files of CA, certificate and key hold; of "" nothing. Raises InvalidArgument."""
+        ca, certificate, key = (_pem(f"tls_{n}", path) for n, path in zip(("ca", "cert", "key"), paths, strict=True))
+        return Tls(ca, certificate, key)
 
     def channel_credentials(self) -> grpc.ChannelCredentials:
         """For calling others."""
@@ -45,6 +59,8 @@ class Tls:
         """For being called; `mutual`: only by those who show a certificate of the CA."""
         import grpc
 
+        if self.files is not None:
+            return self.files.server_credentials(mutual)
         pair = [(self.key, self.certificate)]
         return grpc.ssl_server_credentials(pair, self.ca, mutual) if mutual else grpc.ssl_server_credentials(pair)
 

@@ -15,21 +15,25 @@ _FILE = click.Path(dir_okay=False, path_type=Path)
 @click.command()
 @click.argument("folder", type=_FOLDER)
 @click.option("--issue", "names", multiple=True, metavar="NAME", help="Issue one certificate more, from the CA there.")
+@click.option("--renew", "old", multiple=True, metavar="NAME", help="Replace one, for the same role and hosts.")
 @click.option("--client", is_flag=True, help="With --issue: it is for a client, who may call routers only.")
 @click.option("--host", "hosts", multiple=True, help="Name or address that services are called by; may be repeated.")
-def certs(folder: Path, names: tuple[str, ...], client: bool, hosts: tuple[str, ...]) -> None:
+def certs(folder: Path, names: tuple[str, ...], old: tuple[str, ...], client: bool, hosts: tuple[str, ...]) -> None:
     """Makes a development CA and certificates in FOLDER.
 
-    Without --issue: a new CA (ca.pem, ca.key), a certificate for services (service.pem, service.key) and one for
-    clients (client.pem, client.key). Loopback names are always among the hosts. Keep ca.key away from the mesh.
+    Without --issue and --renew: a new CA (ca.pem, ca.key), a certificate for services (service.pem, service.key)
+    and one for clients (client.pem, client.key). Loopback names are always among the hosts. Keep ca.key away from
+    the mesh.
     """
     from kvmesh.certs import Authority
     from kvmesh.errors import AlreadyExists, InvalidArgument
 
-    if names:
-        if unfit := [name for name in names if Path(name).name != name or name == "ca"]:
-            raise InvalidArgument(f"issue = {unfit[0]!r} cannot name a certificate")
+    if names or old:
+        if unfit := [name for name in (*names, *old) if Path(name).name != name or name == "ca"]:
+            raise InvalidArgument(f"name = {unfit[0]!r} cannot name a certificate")
         authority = Authority.read(folder)
+        for name in old:
+            click.echo(f"{folder / name}.pem, {folder / name}.key: a {authority.renew(folder, name)}, renewed")
         wanted = [(name, "client" if client else "service") for name in names]
     else:
         if (folder / "ca.pem").exists():

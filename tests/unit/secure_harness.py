@@ -112,7 +112,7 @@ class SecureMesh:
             assert isinstance(runtime, SimRuntime)
             self.runtimes.append(runtime)
             self.addresses[name] = said.read_text().strip()
-        store = await start_store(KvStoreConfig(name="kvstore", memory="4MiB", **own), self._stack)
+        store = await start_store(KvStoreConfig(sim=str(profile), name="kvstore", memory="4MiB", **own), self._stack)
         self.addresses["kvstore"] = store.address
         said = self.tmp / "router"
         router = RouterConfig(

@@ -121,6 +121,19 @@ def test_certs_makes_a_ca_and_more_under_it(home: Path) -> None:
         ["openssl", "x509", "-in", str(folder / "service.pem"), "-noout", "-text"], capture_output=True, text=True
     ).stdout
     assert "DNS:gpu1" in text and "IP Address:10.0.0.7" in text and "URI:urn:kvmesh:service" in text
+    former = {name: (folder / name).read_bytes() for name in ("service.pem", "service.key", "client.pem")}
+    assert "a service, renewed" in run("certs", "c", "--renew", "service")
+    assert "a client, renewed" in run("certs", "c", "--renew", "client")
+    assert all((folder / name).read_bytes() != content for name, content in former.items())
+    assert stat.S_IMODE((folder / "service.key").stat().st_mode) == 0o600 and len(list(folder.iterdir())) == 8
+    context.load_cert_chain(folder / "service.pem", folder / "service.key")
+    command = ["openssl", "x509", "-in", str(folder / "service.pem"), "-noout", "-ext", "subjectAltName"]
+    san = subprocess.run(command, capture_output=True, text=True)
+    assert "DNS:gpu1" in san.stdout and san.stdout.splitlines()[-1].strip() in text
+    run("certs", "d")
+    (folder / "foreign.pem").write_bytes((home / "d" / "service.pem").read_bytes())
+    for again in (["--renew", "foreign"], ["--renew", "nobody"], ["--renew", "../d/service"], ["--renew", "ca"]):
+        assert run("certs", "c", *again, code=1).startswith("Error: ")
     for again in (["c"], ["c", "--issue", "engine-7"], ["c", "--issue", "../x"], ["c", "--issue", "ca"]):
         assert run("certs", *again, code=1).startswith("Error: ")
 

@@ -20,6 +20,7 @@ from kvmesh import __version__
 from kvmesh.apikeys import ApiKeys
 from kvmesh.errors import Internal, InvalidArgument, MeshError, NotFound, Unavailable
 from kvmesh.grpcx import join_address, loopback, split_address
+from kvmesh.renewal import keep
 from kvmesh.sizes import MESSAGE_BYTES
 from services.router.door import Door
 from services.router.http.dashboard import Dashboard
@@ -149,6 +150,7 @@ async def serving(
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve([bound]), name="http")
+    keeping = asyncio.create_task(keep(lambda: config.ssl, certificate, key)) if certificate else None
     try:
         up = asyncio.ensure_future(server.up.wait())
         await asyncio.wait({up, task}, return_when=asyncio.FIRST_COMPLETED)
@@ -158,6 +160,8 @@ async def serving(
             raise Unavailable(f"the HTTP server on {listen} ended at once")
         yield join_address(host, bound.getsockname()[1])
     finally:
+        if keeping is not None:
+            keeping.cancel()
         server.should_exit = True
         await asyncio.wait({task}, timeout=STOP_S + 1)
         if not task.done():
