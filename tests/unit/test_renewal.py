@@ -122,6 +122,37 @@ async def test_channels_show_what_the_files_hold_and_streams_go_on(tmp_path: Pat
         await server.stop(None)
 
 
+async def test_a_new_ca_comes_by_a_file_with_both(tmp_path: Path) -> None:
+    for name in ("old", "new"):
+        make_certificates(tmp_path / name)
+    folder = tmp_path / "old"
+    server = grpc.aio.server()
+    Echo().add_to(server)
+    tls = Tls.read(*paths(folder))
+    assert tls is not None
+    port = server.add_secure_port("127.0.0.1:0", tls.server_credentials(True))
+    await server.start()
+
+    async def accepted(ca: Path, of: Path) -> bool:
+        shown = Tls.of((str(ca), *paths(of, "client")[1:]))
+        async with channel(f"127.0.0.1:{port}", shown) as ch:
+            try:
+                return bool(await ch.unary_unary(CALL)(b"", timeout=10))
+            except grpc.aio.AioRpcError:
+                return False
+
+    try:
+        old, new = folder / "ca.pem", tmp_path / "new" / "ca.pem"
+        assert await accepted(old, folder) and not await accepted(old, tmp_path / "new")
+        old.write_bytes(old.read_bytes() + new.read_bytes())
+        async with asyncio.timeout(20):
+            while not await accepted(old, tmp_path / "new"):
+                await asyncio.sleep(0.02)
+        assert await accepted(old, folder)
+    finally:
+        await server.stop(None)
+
+
 async def test_every_door_shows_the_renewed_certificate_and_the_mesh_serves_on(tmp_path: Path) -> None:
     async with SecureMesh(tmp_path) as mesh:
         held = ssl.create_default_context(cafile=mesh.certs / "ca.pem")
