@@ -55,7 +55,7 @@ class SocketPeers(Peers):
         self._servers: list[asyncio.Server] = []
         self._inbox: Inbox | None = None
         self._idle: dict[str, list[Stream]] = {}
-        self._serving: set[asyncio.StreamWriter] = set()
+        self._serving: dict[asyncio.StreamWriter, asyncio.Task[None]] = {}
         self._strangers = 0
 
     async def open(self, inbox: Inbox, layout: Layout, rows: int) -> dict[str, list[KvPool]]:
@@ -90,7 +90,9 @@ class SocketPeers(Peers):
         return join_address(self._host, server.sockets[0].getsockname()[1])
 
     async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._serving.add(writer)
+        task = asyncio.current_task()
+        assert task is not None
+        self._serving[writer] = task
         try:
             if await self._greeted(reader, writer):
                 while True:
@@ -100,7 +102,7 @@ class SocketPeers(Peers):
         except MeshError as error:
             log.warning("a peer's write is refused: %s", error)
         finally:
-            self._serving.discard(writer)
+            self._serving.pop(writer, None)
             writer.close()
 
     async def _greeted(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> bool:
@@ -204,8 +206,11 @@ class SocketPeers(Peers):
             for _, writer in streams:
                 writer.close()
         self._idle.clear()
-        for writer in list(self._serving):
+        tasks = set(self._serving.values())
+        for writer in self._serving:
             writer.close()
+        if tasks:
+            await asyncio.wait(tasks, timeout=1.0)
         for server in self._servers:
             server.close()
             with contextlib.suppress(TimeoutError):

@@ -127,6 +127,13 @@ async def test_a_receiver_that_is_gone_is_told_by_name_and_its_connections_are_l
     await sender.close()
 
 
+async def test_closing_leaves_no_task_behind() -> None:
+    async with both() as (_, pools, sender):
+        for way in WAYS:
+            await sender.write(pools[way], np.array([3]), values(7), 10)
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
 async def test_without_an_address_of_this_machine_there_is_no_tcp() -> None:
     # TEST-NET-1: nobody's.
     for host in ("192.0.2.1", ""):
