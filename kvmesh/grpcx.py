@@ -60,6 +60,8 @@ _CHANNEL = [
     # Also the time that one attempt to connect is given.
     ("grpc.min_reconnect_backoff_ms", 1000),
     ("grpc.max_reconnect_backoff_ms", 1000),
+    # Else a new channel waits with an older one of this process that could not reach the port's former owner.
+    ("grpc.use_local_subchannel_pool", 1),
 ]
 
 

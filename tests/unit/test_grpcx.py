@@ -273,6 +273,15 @@ async def test_the_port_is_known_at_once_taken_alone_and_given_back():
     await second.stop()
 
 
+async def test_a_new_channel_does_not_wait_with_one_that_found_nobody():
+    async with served(Service()) as (server, _):
+        address = server.address
+    async with channel(address) as early:
+        assert (await status_of(pbg.RegistryStub(early).GetSetting(REQUEST, timeout=5)))[0] is grpc.StatusCode.UNAVAILABLE
+        async with served(Service(), address) as (_, stub):
+            assert (await stub.GetSetting(REQUEST, timeout=5)).setting.key == "k"
+
+
 async def test_a_running_call_has_its_grace_when_the_server_stops():
     gate, entered = asyncio.Event(), asyncio.Event()
 
