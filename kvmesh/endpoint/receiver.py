@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from typing import Any
 
 from kvmesh.aio import Tasks
@@ -68,7 +68,7 @@ class Receiver:
 
     async def prepare(
         self,
-        token_ids: list[int],
+        token_ids: Sequence[int],
         end: int,
         ttl_ms: int,
         wait: float,

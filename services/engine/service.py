@@ -8,14 +8,13 @@ import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator
 from contextlib import aclosing, contextmanager
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeVar
 
-import grpc.aio
 from opentelemetry.trace import Span, SpanKind
 
-from kvmesh.dataplane.layout import difference
 from kvmesh.detokenize import TextStream
-from kvmesh.endpoint.receiver import DEFAULT_TTL_MS, MAX_TTL_MS, MAX_WAIT_MS, MIN_TTL_MS, Receiver
+from kvmesh.endpoint.calls import REQUEST_S, Context, KvCalls, check_owner, check_send
+from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender, Sent
 from kvmesh.endpoint.tickets import Ticket, TicketBook
 from kvmesh.errors import (
@@ -33,23 +32,18 @@ from kvmesh.ranges import check_range, check_tokens
 from kvmesh.sampling import check_sampling, max_new_tokens
 from kvmesh.telemetry import Telemetry, extract, fail, now_ns, record_span
 from kvmesh.tokenizer import Tokenizers
-from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2, kv_pb2_grpc
+from kvmesh.v1 import engine_pb2, engine_pb2_grpc, kv_pb2
 from services.engine.base import Outputs, Runtime
 from services.engine.generation import Generation
 from services.engine.metrics import Totals
 from services.engine.status import DEFAULT_INTERVAL_MS, MAX_INTERVAL_MS, MIN_INTERVAL_MS, Status
 
 NAMES = ["kvmesh.v1.KvEndpoint", "kvmesh.v1.KvPeer", "kvmesh.v1.Engine"]
-OWNER_CHARS = 128
 MAX_HOTTEST = 1000
-# What a call without a deadline may take.
-REQUEST_S = 300.0
 _ID = re.compile(r"[A-Za-z0-9._:#-]{1,128}")
 
 T = TypeVar("T")
 _OTHERS: dict[type[BaseException], str] = {asyncio.CancelledError: Cancelled.status, GeneratorExit: Cancelled.status}
-
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
 
 class _Run:
@@ -72,7 +66,7 @@ class _Run:
             self._outputs.abort()
 
 
-class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, engine_pb2_grpc.EngineServicer):
+class EngineService(KvCalls, engine_pb2_grpc.EngineServicer):
     """All three services of one engine. What it is given stays its giver's."""
 
     def __init__(
@@ -85,9 +79,9 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         tokenizers: Tokenizers,
         telemetry: Telemetry,
     ) -> None:
+        super().__init__(receiver)
         self._runtime = runtime
         self._book = book
-        self._receiver = receiver
         self._sender = sender
         self._status = status
         self._tokenizers = tokenizers
@@ -120,8 +114,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
     def _check_prompt(self, token_ids: Any, model: str, owner: str) -> None:
         if model and model != self._model.name:
             raise NotFound(f"model = {model!r} is not served here; this is {self._model.name}")
-        if len(owner) > OWNER_CHARS:
-            raise InvalidArgument(f"owner has {len(owner)} characters, at most {OWNER_CHARS} are kept")
+        check_owner(owner)
         check_tokens(token_ids, self._model.vocab_size, self._model.context_length)
 
     @rpc
@@ -130,22 +123,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         with self._call("prep_recv", context, request_id=request.owner, end=request.end) as span:
             token_ids = request.token_ids[:]
             self._check_prompt(token_ids, request.model, request.owner)
-            _, end = check_range(0, request.end, len(token_ids))
-            ttl = request.ttl_ms or DEFAULT_TTL_MS
-            if not MIN_TTL_MS <= ttl <= MAX_TTL_MS:
-                raise InvalidArgument(f"ttl_ms = {ttl} is not 0 or between {MIN_TTL_MS} and {MAX_TTL_MS}")
-            if request.wait_ms > MAX_WAIT_MS:
-                raise InvalidArgument(f"wait_ms = {request.wait_ms} is more than {MAX_WAIT_MS}")
-            # A little earlier than the caller's deadline: a clear answer beats none.
-            wait = min(request.wait_ms / 1000, time_left(context, REQUEST_S) - 0.05)
-            layout = request.sender_layout if request.HasField("sender_layout") else None
-            ticket = await self._receiver.prepare(token_ids, end, ttl, wait, request.owner, layout)
-            # A ticket of a caller that has gone already is nobody's.
-            if context.cancelled() or context.done():
-                self._receiver.release(ticket)
-            if span.is_recording():
-                span.set_attributes({"kvmesh.ticket": ticket.id, "kvmesh.matched": ticket.matched})
-            return kv_pb2.PrepRecvResponse(ticket=ticket)
+            return await self._prepare(request, token_ids, context, span)
 
     @rpc
     async def RemoteSend(self, request: kv_pb2.RemoteSendRequest, context: Context) -> kv_pb2.RemoteSendResponse:
@@ -156,22 +134,7 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         with self._call("remote_send", context, request_id=request.owner, receiver=receiver, ticket=ticket.id) as span:
             token_ids = request.token_ids[:]
             self._check_prompt(token_ids, request.model, request.owner)
-            begin, end = check_range(request.begin, request.end, len(token_ids))
-            if not ticket.receiver.address:
-                raise InvalidArgument("ticket.receiver.address is empty")
-            if end > ticket.end or begin < ticket.matched:
-                raise InvalidArgument(
-                    f"begin = {begin}, end = {end}: the ticket has slots for {ticket.matched} to {ticket.end}"
-                )
-            ours = self._runtime.layout
-            if ticket.layout_fingerprint != ours.fingerprint:
-                raise FailedPrecondition(
-                    f"the receiver's KV has another layout: {difference(ours.message(), ticket.layout)}"
-                )
-            if begin % ours.page_size or end % ours.page_size:
-                raise InvalidArgument(
-                    f"begin = {begin}, end = {end} are no multiples of the page size {ours.page_size}"
-                )
+            begin, end = check_send(request, len(token_ids), self._runtime.layout)
             sent = await self._in_time(self._sender.send(token_ids, begin, end, ticket), context)
             self.totals.sent_tokens += end - begin
             self.totals.sent_bytes += sent.bytes
@@ -199,22 +162,6 @@ class EngineService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, 
         for piece in report.pieces:
             moved = {"kvmesh.tokens": piece.tokens, "kvmesh.bytes": piece.bytes, "kvmesh.transport": sent.transport}
             record_span(self._tracer, "engine.transfer", span, shift + piece.begin_ns, shift + piece.end_ns, moved)
-
-    @rpc
-    async def Release(self, request: kv_pb2.ReleaseRequest, context: Context) -> kv_pb2.ReleaseResponse:
-        """Takes a ticket back."""
-        return kv_pb2.ReleaseResponse(released=self._receiver.release(request.ticket))
-
-    @rpc
-    async def Write(self, requests: AsyncIterator[kv_pb2.WriteRequest], context: Context) -> None:  # type: ignore[override]
-        """A peer writes into a ticket."""
-        await self._receiver.write(requests, context)
-
-    @rpc
-    async def Stopped(self, request: kv_pb2.StoppedRequest, context: Context) -> kv_pb2.StoppedResponse:
-        """A peer has stopped writing."""
-        self._receiver.stopped(request.sender_incarnation, request.write_id)
-        return kv_pb2.StoppedResponse()
 
     @rpc
     async def StartGenerate(self, request: engine_pb2.StartGenerateRequest, context: Context) -> None:  # type: ignore[override]

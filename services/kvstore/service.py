@@ -6,18 +6,18 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, contextmanager
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING
 
 from opentelemetry.trace import Span, SpanKind
 
-from kvmesh.dataplane.layout import difference
-from kvmesh.endpoint.receiver import DEFAULT_TTL_MS, MAX_TTL_MS, MAX_WAIT_MS, MIN_TTL_MS, Receiver
+from kvmesh.endpoint.calls import REQUEST_S, Context, KvCalls, check_owner, check_send
+from kvmesh.endpoint.receiver import Receiver
 from kvmesh.endpoint.sender import Sender, Sent
-from kvmesh.errors import DeadlineExceeded, FailedPrecondition, InvalidArgument, NotFound
+from kvmesh.errors import DeadlineExceeded, InvalidArgument, NotFound
 from kvmesh.grpcx import rpc, time_left
 from kvmesh.ranges import check_range, check_tokens
 from kvmesh.telemetry import Telemetry, extract, fail, now_ns, record_span
-from kvmesh.v1 import kv_pb2, kv_pb2_grpc, kvstore_pb2_grpc
+from kvmesh.v1 import kv_pb2, kvstore_pb2_grpc
 from kvmesh.v1 import kvstore_pb2 as pb
 from kvmesh.v1.common_pb2 import Ticket
 from services.kvstore.holder import StoreHolder
@@ -28,20 +28,15 @@ from services.kvstore.store import Store
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-    import grpc.aio
 
 NAMES = ["kvmesh.v1.KvEndpoint", "kvmesh.v1.KvPeer", "kvmesh.v1.KvStore"]
-OWNER_CHARS, SALT_CHARS = 128, 256
-# What a call without a deadline may take.
-REQUEST_S = 300.0
+SALT_CHARS = 256
 DEFAULT_PIN_MS, MIN_PIN_MS, MAX_PIN_MS = 3_600_000, 1000, 604_800_000
 # A prompt is checked against the vocabulary, not against a context length: the store computes nothing.
 MAX_TOKENS = 16 << 20
 
-Context: TypeAlias = "grpc.aio.ServicerContext[Any, Any]"
 
-
-class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, kvstore_pb2_grpc.KvStoreServicer):
+class StoreService(KvCalls, kvstore_pb2_grpc.KvStoreServicer):
     """All three services of one store. What it is given stays its giver's."""
 
     def __init__(
@@ -53,9 +48,9 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
         status: Status,
         telemetry: Telemetry,
     ) -> None:
+        super().__init__(receiver)
         self._store = store
         self._holder = holder
-        self._receiver = receiver
         self._sender = sender
         self._status = status
         self._tracer = telemetry.tracer
@@ -77,8 +72,7 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
     def _prompt(self, token_ids: Sequence[int], model: str, salt: str, owner: str = "") -> Prompt:
         if model and model != self._model.name:
             raise NotFound(f"model = {model!r} is not kept here; this is {self._model.name}")
-        if len(owner) > OWNER_CHARS:
-            raise InvalidArgument(f"owner has {len(owner)} characters, at most {OWNER_CHARS} are kept")
+        check_owner(owner)
         if len(salt) > SALT_CHARS:
             raise InvalidArgument(f"salt has {len(salt)} characters, at most {SALT_CHARS} are taken")
         prompt = self._holder.prompt(token_ids, salt)
@@ -90,22 +84,7 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
         """Reserves blocks."""
         with self._span("store.prep_recv", context, request_id=request.owner, end=request.end) as span:
             prompt = self._prompt(request.token_ids, request.model, request.salt, request.owner)
-            _, end = check_range(0, request.end, len(prompt))
-            ttl = request.ttl_ms or DEFAULT_TTL_MS
-            if not MIN_TTL_MS <= ttl <= MAX_TTL_MS:
-                raise InvalidArgument(f"ttl_ms = {ttl} is not 0 or between {MIN_TTL_MS} and {MAX_TTL_MS}")
-            if request.wait_ms > MAX_WAIT_MS:
-                raise InvalidArgument(f"wait_ms = {request.wait_ms} is more than {MAX_WAIT_MS}")
-            # A little earlier than the caller's deadline: a clear answer beats none.
-            wait = min(request.wait_ms / 1000, time_left(context, REQUEST_S) - 0.05)
-            layout = request.sender_layout if request.HasField("sender_layout") else None
-            ticket = await self._receiver.prepare(prompt, end, ttl, wait, request.owner, layout)
-            # A ticket of a caller that has gone already is nobody's.
-            if context.cancelled() or context.done():
-                self._receiver.release(ticket)
-            if span.is_recording():
-                span.set_attributes({"kvmesh.ticket": ticket.id, "kvmesh.matched": ticket.matched})
-            return kv_pb2.PrepRecvResponse(ticket=ticket)
+            return await self._prepare(request, prompt, context, span)
 
     @rpc
     async def RemoteSend(self, request: kv_pb2.RemoteSendRequest, context: Context) -> kv_pb2.RemoteSendResponse:
@@ -114,22 +93,7 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
         attributes = {"request_id": request.owner, "receiver": ticket.receiver.name}
         with self._span("store.remote_send", context, ticket=ticket.id, **attributes) as span:
             prompt = self._prompt(request.token_ids, request.model, request.salt, request.owner)
-            begin, end = check_range(request.begin, request.end, len(prompt))
-            if not ticket.receiver.address:
-                raise InvalidArgument("ticket.receiver.address is empty")
-            if end > ticket.end or begin < ticket.matched:
-                raise InvalidArgument(
-                    f"begin = {begin}, end = {end}: the ticket has slots for {ticket.matched} to {ticket.end}"
-                )
-            ours = self._holder.layout
-            if ticket.layout_fingerprint != ours.fingerprint:
-                raise FailedPrecondition(
-                    f"the receiver's KV has another layout: {difference(ours.message(), ticket.layout)}"
-                )
-            if begin % ours.page_size or end % ours.page_size:
-                raise InvalidArgument(
-                    f"begin = {begin}, end = {end} are no multiples of the page size {ours.page_size}"
-                )
+            begin, end = check_send(request, len(prompt), self._holder.layout)
             left = time_left(context, REQUEST_S)
             counts = self._store.index.counts
             counts.asked_tokens += end - begin
@@ -167,22 +131,6 @@ class StoreService(kv_pb2_grpc.KvEndpointServicer, kv_pb2_grpc.KvPeerServicer, k
         for piece in sent.report.pieces:
             moved = {"kvmesh.tokens": piece.tokens, "kvmesh.bytes": piece.bytes, "kvmesh.transport": sent.transport}
             record_span(self._tracer, "store.transfer", span, shift + piece.begin_ns, shift + piece.end_ns, moved)
-
-    @rpc
-    async def Release(self, request: kv_pb2.ReleaseRequest, context: Context) -> kv_pb2.ReleaseResponse:
-        """Takes a ticket back; what has arrived stays."""
-        return kv_pb2.ReleaseResponse(released=self._receiver.release(request.ticket))
-
-    @rpc
-    async def Write(self, requests: AsyncIterator[kv_pb2.WriteRequest], context: Context) -> None:  # type: ignore[override]
-        """A peer writes into a ticket."""
-        await self._receiver.write(requests, context)
-
-    @rpc
-    async def Stopped(self, request: kv_pb2.StoppedRequest, context: Context) -> kv_pb2.StoppedResponse:
-        """A peer has stopped writing."""
-        self._receiver.stopped(request.sender_incarnation, request.write_id)
-        return kv_pb2.StoppedResponse()
 
     @rpc
     async def Match(self, request: pb.MatchRequest, context: Context) -> pb.MatchResponse:
