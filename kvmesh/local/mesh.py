@@ -19,7 +19,7 @@ Stage = Callable[[LocalMesh], list[Spec]]
 
 
 def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[Stage]:
-    """etcd; then the registry; then all engines, stores and the router together."""
+    """etcd; then the registry; then all engines, stores and the router together. `model`: of engines with one."""
 
     def etcd(mesh: LocalMesh) -> list[Spec]:
         from kvmesh.local.etcd import command, environment, free_ports
@@ -41,6 +41,7 @@ def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[St
         names = [f"engine-{i}" for i in range(options.engines)]
         engines = [_engine(mesh, options, name, model, [*registry, *engine_args]) for name in names]
         waits = [*registry, "--wait-engines", str(options.engines), "--http", options.http]
+        waits += ["--workers", str(options.workers)]
         if options.strategy_dir:
             waits += ["--strategy-dir", str(Path(options.strategy_dir).expanduser().resolve())]
         stores = [_store(mesh, options, f"kvstore-{i}", registry) for i in range(options.stores)]
@@ -51,7 +52,9 @@ def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[St
 
 def _engine(mesh: LocalMesh, options: MeshOptions, name: str, model: Path, arguments: list[str]) -> Spec:
     own = ["--name", name, "--dtype", options.dtype, "--run-dir", str(mesh.work / name)]
-    if "--sim" not in arguments:
+    if options.sim:
+        own += ["--sim", options.sim]
+    elif "--sim" not in arguments:
         own += ["--model", str(model)]
     if options.kv_tokens:
         own += ["--kv-tokens", str(options.kv_tokens)]
@@ -62,6 +65,8 @@ def _engine(mesh: LocalMesh, options: MeshOptions, name: str, model: Path, argum
 
 def _store(mesh: LocalMesh, options: MeshOptions, name: str, registry: list[str]) -> Spec:
     own = ["--name", name, "--memory", options.store_memory]
+    if options.sim:
+        own += ["--sim", options.sim]
     if options.store_disk:
         from kvmesh.sizes import parse_place
 

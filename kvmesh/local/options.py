@@ -16,6 +16,7 @@ class MeshOptions(TraceConfig):
 
     name: str = setting("default", "Name of the mesh; several may run side by side.")
     model: str = setting("", "Folder of the model. [default: a tiny random Llama, made on first use]")
+    sim: str = setting("", "Simulate engines and stores, in place of a model: a profile's name or TOML file.")
     engines: int = setting(2, "Engines to start.")
     dtype: str = setting("auto", "float32, bfloat16 or auto (what the model's configuration says).")
     kv_tokens: int = setting(0, "KV slots of each engine, in tokens; 0 takes the engine's default.")
@@ -24,6 +25,7 @@ class MeshOptions(TraceConfig):
     store_disk: str = setting("", "FOLDER:SIZE of the stores' disk tiers, one folder each inside. [default: none]")
     listen: str = setting("127.0.0.1:0", "HOST:PORT of the router; port 0 takes a free one.")
     http: str = setting("127.0.0.1:0", "HOST:PORT of the router's HTTP door, OpenAI's API; empty: none.")
+    workers: int = setting(1, "Processes of the router, which serve together.")
     secure: bool = setting(False, "Mutual TLS and API keys, made for this run; commands find theirs by themselves.")
     strategy_dir: str = setting("", "Folder of strategies of your own, taken in again when a file changes.")
     start_timeout: float = setting(300.0, "Seconds that the start may take.")
@@ -33,6 +35,10 @@ class MeshOptions(TraceConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         MeshDir(self.name)
+        if self.sim and self.model:
+            raise InvalidArgument("give either model or sim")
+        if not 1 <= self.workers <= 64:
+            raise InvalidArgument(f"workers = {self.workers} is not between 1 and 64")
         if not 1 <= self.engines <= 64:
             raise InvalidArgument(f"engines = {self.engines} is not between 1 and 64")
         if self.kv_tokens < 0:

@@ -68,9 +68,17 @@ async def start(mesh: LocalMesh, options: MeshOptions, model: Path, engine_args:
 async def serve(options: MeshOptions, engine_args: list[str]) -> int:
     """Runs a mesh until it is told to stop, or nothing is left of it; returns the exit status."""
     console = Console(stderr=True, highlight=False)
-    model, tiny = await asyncio.to_thread(resolve_model, options.model)
-    if tiny:
-        console.print(f"no --model given: a tiny random Llama with a byte-level tokenizer ({model})", soft_wrap=True)
+    if options.sim:
+        from kvmesh.sim.profile import load_profile
+
+        model = Path(options.sim)
+        profile = load_profile(options.sim)
+        console.print(f"SIMULATED engines: {profile.name}, whose tokens mean nothing", soft_wrap=True)
+    else:
+        model, tiny = await asyncio.to_thread(resolve_model, options.model)
+        if tiny:
+            what = f"a tiny random Llama with a byte-level tokenizer ({model})"
+            console.print(f"no --model given: {what}", soft_wrap=True)
     async with interrupts() as stop, LocalMesh(MeshDir(options.name), str(model)) as mesh:
         stores = f", {options.stores} KV stores" if options.stores else ""
         console.print(f"starting the mesh {options.name!r}: etcd, registry, {options.engines} engines{stores}, router")
@@ -108,12 +116,13 @@ def _summary(mesh: LocalMesh, options: MeshOptions) -> str:
     opened = f"\nOpenAI's API at {scheme}://{http}/v1, described at {scheme}://{http}/docs" if http else ""
     if mesh.certs:
         opened += f"\nmutual TLS; certificates and API keys in {mesh.certs}"
+    prompt = "--tokens 5,6,7,8 --ignore-eos" if options.sim else '"Once upon a time"'
     return f"""ready; listening at
 {listening}{opened}
 logs in {mesh.place.logs}
 try
   kvmesh status{named}
-  kvmesh generate "Once upon a time"{named} --strategy prefill_decode --max-new-tokens 40
+  kvmesh generate {prompt}{named} --strategy prefill_decode --max-new-tokens 40
   kvmesh strategy set balanced_prefill_decode{named}
 Ctrl-C, or `kvmesh down{named}` elsewhere, stops it"""
 

@@ -91,12 +91,23 @@ def test_options_reach_the_services(place, monkeypatch):
     assert given["--listen"] == "127.0.0.1:8400" and given["--wait-engines"] == "3"
 
 
+def test_a_simulated_mesh_needs_no_model(place, monkeypatch):
+    options = MeshOptions(name="m", sim="tiny-cpu", stores=1, workers=2)
+    *engines, store, router = engine_specs(place, monkeypatch, options)
+    for spec in (*engines, store):
+        given = flags(list(spec.command))
+        assert given["--sim"] == "tiny-cpu" and "--model" not in given
+    assert flags(list(router.command))["--workers"] == "2"
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
         ({"name": "../x"}, "name = '../x'"),
         ({"engines": 0}, "engines = 0"),
         ({"engines": 65}, "engines = 65"),
+        ({"workers": 0}, "workers = 0"),
+        ({"sim": "tiny-cpu", "model": "/m"}, "either model or sim"),
         ({"kv_tokens": -1}, "kv_tokens = -1"),
         ({"start_timeout": 0}, "start_timeout = 0"),
         ({"trace_ratio": 2}, "trace_ratio = 2"),

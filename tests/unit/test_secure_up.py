@@ -50,10 +50,10 @@ def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.mark.timeout(120)
 async def test_a_secure_mesh_from_the_command_line(home: Path) -> None:
     try:
-        options = ["--secure", "--detach", "--name", "s", "--log-level", "debug", "--", "--sim", "tiny-cpu"]
-        started = await asyncio.to_thread(up, *options)
+        options = ["--secure", "--sim", "tiny-cpu", "--stores", "1", "--workers", "2", "--log-level", "debug"]
+        started = await asyncio.to_thread(up, *options, "--detach", "--name", "s")
         assert started.returncode == 0, started.stderr
-        assert "OpenAI's API at https://" in started.stderr
+        assert "OpenAI's API at https://" in started.stderr and "SIMULATED engines: tiny-cpu" in started.stderr
         await _look_at(MeshDir("s"))
     finally:
         said = await asyncio.to_thread(stop_mesh, MeshDir("s"))
@@ -77,7 +77,8 @@ async def _look_at(place: MeshDir) -> None:
     given = ["--tls-ca", f"{certs}/ca.pem", "--tls-cert", f"{certs}/client.pem", "--tls-key", f"{certs}/client.key"]
     assert "API key is needed" in await kvmesh(*elsewhere, *given, code=1)
     key = (certs / "admin.apikey").read_text().strip()
-    assert "engine-1" in await kvmesh(*elsewhere, *given, KVMESH_API_KEY=key)
+    shown = await kvmesh(*elsewhere, *given, KVMESH_API_KEY=key, COLUMNS="160")
+    assert "engine-1" in shown and "kvstore-0" in shown
     assert await kvmesh("health", router, *given) == "serving\n"
     # Each process, by itself.
     for process in state.processes:
