@@ -12,6 +12,8 @@ from typing import Protocol
 HANDLE_BYTES = 64
 # CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
 LAZY_PEER_ACCESS = 1
+# CU_MEMHOSTREGISTER_PORTABLE, CU_MEMHOSTREGISTER_DEVICEMAP
+FOR_ALL_DEVICES, INTO_THEIR_ADDRESSES = 1, 2
 
 
 class CudaError(OSError):
@@ -32,6 +34,12 @@ class IpcMemory(Protocol):
 
     def close(self, base: int) -> None:
         """Unmaps what `open` gave."""
+
+    def pin(self, address: int, size: int) -> None:
+        """Keeps memory of this process where it is: kernels of all devices reach it at the address that it has here."""
+
+    def unpin(self, address: int) -> None:
+        """Ends that."""
 
 
 class _Handle(ctypes.Structure):
@@ -82,3 +90,20 @@ class CudaDriver:
     def close(self, base: int) -> None:
         """As the protocol says."""
         self._call("cuIpcCloseMemHandle", ctypes.c_uint64(base))
+
+    def pin(self, address: int, size: int) -> None:
+        """As the protocol says. Raises CudaError also where devices have other addresses than the host."""
+        flags = ctypes.c_uint(FOR_ALL_DEVICES | INTO_THEIR_ADDRESSES)
+        self._call("cuMemHostRegister_v2", ctypes.c_void_p(address), ctypes.c_size_t(size), flags)
+        there = ctypes.c_uint64()
+        try:
+            self._call("cuMemHostGetDevicePointer_v2", ctypes.byref(there), ctypes.c_void_p(address), ctypes.c_uint(0))
+            if there.value != address:
+                raise CudaError("the device reaches the host's memory at other addresses")
+        except CudaError:
+            self.unpin(address)
+            raise
+
+    def unpin(self, address: int) -> None:
+        """As the protocol says."""
+        self._call("cuMemHostUnregister", ctypes.c_void_p(address))

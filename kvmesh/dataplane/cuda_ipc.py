@@ -1,8 +1,9 @@
 """NEVER RUN on a GPU: there was none where this was written.
 
-Transport "cuda_ipc": pools on GPUs of one host, also two processes on one GPU. The receiver exports its pool once; the
-sender maps it once and keeps the mapping for as long as the receiver lives; each piece of a transfer is one kernel (two
-where keys and values differ in size) that copies all layers into the receiver's slots, on a stream of its own.
+Transport "cuda_ipc": pools on GPUs of one host, also two processes on one GPU, and pools in shared memory that both
+sides pin, a KV store's. The receiver exports its pool once; the sender maps it once and keeps the mapping while the
+receiver lives; each piece of a transfer is one kernel (two where keys and values differ in size) that copies all layers
+into the receiver's slots, on a stream of its own.
 """
 
 from __future__ import annotations
@@ -10,12 +11,14 @@ from __future__ import annotations
 import contextlib
 import logging
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from kvmesh.dataplane.base import CannotConnect, Connection, Pool, Transport
 from kvmesh.dataplane.cuda import RowCopier, pointers, table
 from kvmesh.dataplane.cuda_driver import CudaDriver, CudaError, IpcMemory
 from kvmesh.dataplane.layout import ITEM_BYTES, Layout, refusal
+from kvmesh.dataplane.shm import SharedMemory, ShmTransport, open_pool
 from kvmesh.dataplane.slots import Slots
 from kvmesh.errors import InvalidArgument
 from kvmesh.process import ProcessRef
@@ -25,6 +28,9 @@ if TYPE_CHECKING:
     import torch
 
 log = logging.getLogger(__name__)
+
+# Addresses of K, and of V, of each layer.
+Tables: TypeAlias = "tuple[torch.Tensor, torch.Tensor]"
 
 
 class CudaStream:
@@ -62,24 +68,47 @@ class CudaStream:
 
 
 class CudaIpcTransport(Transport):
-    """For a pool on one GPU. `memory`, `stream` and `kernels` are the driver's, torch's and SGLang's unless given."""
+    """For a pool on one GPU, or for one that lies in `shared`, and is reached by `device` (the first GPU).
+
+    `memory`, `stream` and `kernels` are the driver's, torch's and SGLang's unless given.
+    """
 
     name = "cuda_ipc"
 
-    def __init__(self, pool: Pool, memory: IpcMemory | None = None, stream: Any = None, kernels: Any = None) -> None:
+    def __init__(
+        self,
+        pool: Pool,
+        memory: IpcMemory | None = None,
+        stream: Any = None,
+        kernels: Any = None,
+        *,
+        shared: SharedMemory | None = None,
+        device: torch.device | str = "cuda:0",
+    ) -> None:
         self._pool = pool
-        self._device = pool.keys[0].device
-        try:
-            self._memory = memory or CudaDriver()
-            self._description = self._describe()
-        except CudaError as error:
-            raise CannotConnect(f"the pool cannot be shared: {error}") from error
-        self._stream = stream or CudaStream(self._device)
+        self._device = pool.keys[0].device if shared is None else device
+        self._pinned = 0
         try:
             self._copier = RowCopier(pool.layout, self._device, kernels)
         except (ImportError, ValueError) as error:
             raise CannotConnect(f"no kernel for this pool: {error}") from error
+        try:
+            self._memory = memory or CudaDriver()
+            self._stream = stream or CudaStream(self._device)
+            if shared is None:
+                self._description = self._describe()
+            else:
+                self._description = ShmTransport(shared, pool).describe()
+                self._pin(pool, shared.size)
+                self._pinned = pool.keys[0].data_ptr()
+        except CudaError as error:
+            raise CannotConnect(f"the pool cannot be shared: {error}") from error
         self._ours = table(pool.keys, self._device), table(pool.values, self._device)
+
+    def _pin(self, pool: Pool, size: int) -> None:
+        """A pool in shared memory begins with the first layer's keys."""
+        with self._stream():
+            self._memory.pin(pool.keys[0].data_ptr(), size)
 
     def _describe(self) -> KvPool:
         bases: list[int] = []
@@ -113,40 +142,58 @@ class CudaIpcTransport(Transport):
         layout = Layout.of(peer.layout)
         if difference := refusal(self._pool.layout, layout):
             raise InvalidArgument(f"the peer's pool has another layout: {difference}")
+        mapped = ExitStack()
+        try:
+            theirs = self._map(peer, layout, mapped) if peer.HasField("cuda") else self._map_shared(peer, mapped)
+        except BaseException as error:
+            with contextlib.suppress(CudaError):
+                mapped.close()
+            if isinstance(error, CudaError):
+                raise CannotConnect(f"the pool of process {peer.process.pid} cannot be mapped: {error}") from error
+            raise
+        return CudaIpcConnection(self, mapped, theirs, peer.rows)
+
+    def _map(self, peer: KvPool, layout: Layout, mapped: ExitStack) -> Tables:
+        """A pool on a GPU."""
         owner = ProcessRef(peer.process.pid, peer.process.start_ticks)
         opened: list[int] = []
-        try:
+        with self._stream():
+            for allocation in peer.cuda.allocations:
+                # One by one: those before a failure are to be closed.
+                opened.append(self._memory.open(allocation.handle))
+                mapped.callback(self._memory.close, opened[-1])
+        # Looked at after the opening, as in shm.
+        if not owner.alive():
+            raise CannotConnect(f"process {owner.pid}, which had the pool, is gone")
+        keys, values = _addresses(peer, layout, opened)
+        return pointers(keys, self._device), pointers(values, self._device)
+
+    def _map_shared(self, peer: KvPool, mapped: ExitStack) -> Tables:
+        """A pool in shared memory."""
+        shared, theirs = open_pool(peer)
+        mapped.callback(shared.close)
+        self._pin(theirs, shared.size)
+        # The views hold the memory where it is.
+        mapped.callback(_unpin, self._memory, theirs)
+        return table(theirs.keys, self._device), table(theirs.values, self._device)
+
+    def close(self) -> None:
+        """Lets go of what is pinned."""
+        pinned, self._pinned = self._pinned, 0
+        if pinned:
             with self._stream():
-                for allocation in peer.cuda.allocations:
-                    # One by one: those before a failure are to be closed.
-                    opened += [self._memory.open(allocation.handle)]
-            # Looked at after the opening, as in shm.
-            if not owner.alive():
-                raise CannotConnect(f"process {owner.pid}, which had the pool, is gone")
-            keys, values = _addresses(peer, layout, opened)
-        except BaseException as error:
-            for base in opened:
-                with contextlib.suppress(CudaError):
-                    self._memory.close(base)
-            if isinstance(error, CudaError):
-                raise CannotConnect(f"the pool of process {owner.pid} cannot be mapped: {error}") from error
-            raise
-        theirs = pointers(keys, self._device), pointers(values, self._device)
-        return CudaIpcConnection(self, opened, theirs, peer.rows)
+                try:
+                    self._memory.unpin(pinned)
+                except CudaError as error:
+                    log.warning("memory stays pinned: %s", error)
 
 
 class CudaIpcConnection(Connection):
     """Into one peer's mapped pool."""
 
-    def __init__(
-        self,
-        transport: CudaIpcTransport,
-        opened: list[int],
-        theirs: tuple[torch.Tensor, torch.Tensor],
-        rows: int,
-    ) -> None:
+    def __init__(self, transport: CudaIpcTransport, mapped: ExitStack, theirs: Tables, rows: int) -> None:
         self._transport = transport
-        self._opened = opened
+        self._mapped = mapped
         self._theirs = theirs
         self._rows = rows
 
@@ -171,13 +218,15 @@ class CudaIpcConnection(Connection):
 
     def close(self) -> None:
         """Unmaps the peer's pool."""
-        opened, self._opened = self._opened, []
         with self._transport._stream():
-            for base in opened:
-                try:
-                    self._transport._memory.close(base)
-                except CudaError as error:
-                    log.warning("a mapping is not closed: %s", error)
+            try:
+                self._mapped.close()
+            except CudaError as error:
+                log.warning("a mapping is not closed: %s", error)
+
+
+def _unpin(memory: IpcMemory, pool: Pool) -> None:
+    memory.unpin(pool.keys[0].data_ptr())
 
 
 def _addresses(peer: KvPool, layout: Layout, opened: list[int]) -> tuple[list[int], list[int]]:

@@ -92,6 +92,16 @@ def create_pool(layout: Layout, rows: int, name: str) -> tuple[SharedMemory, Poo
     return memory, Pool(layout, *memory.tensors(layout, rows))
 
 
+def open_pool(peer: KvPool) -> tuple[SharedMemory, Pool]:
+    """Another process's pool, as it describes it. Raises CannotConnect, InvalidArgument."""
+    layout = Layout.of(peer.layout)
+    if peer.bytes != sum(layout.part_bytes(peer.rows)):
+        raise InvalidArgument(f"a pool of {peer.rows} rows has not {peer.bytes} bytes")
+    owner = ProcessRef(peer.process.pid, peer.process.start_ticks)
+    memory = SharedMemory.open(owner, peer.fd, peer.bytes)
+    return memory, Pool(layout, *memory.tensors(layout, peer.rows))
+
+
 class ShmTransport(Transport):
     """For a pool that lies in `memory`."""
 
@@ -117,11 +127,7 @@ class ShmTransport(Transport):
         layout = Layout.of(peer.layout)
         if difference := refusal(self._pool.layout, layout):
             raise InvalidArgument(f"the peer's pool has another layout: {difference}")
-        if peer.bytes != sum(layout.part_bytes(peer.rows)):
-            raise InvalidArgument(f"a pool of {peer.rows} rows has not {peer.bytes} bytes")
-        owner = ProcessRef(peer.process.pid, peer.process.start_ticks)
-        memory = SharedMemory.open(owner, peer.fd, peer.bytes)
-        return ShmConnection(self._pool, memory, Pool(layout, *memory.tensors(layout, peer.rows)))
+        return ShmConnection(self._pool, *open_pool(peer))
 
 
 class ShmConnection(Connection):

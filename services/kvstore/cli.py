@@ -38,7 +38,9 @@ class KvStoreConfig(ServiceConfig):
         "", "Keep the KV of simulated engines: their profile's name or TOML file. It says the model, too."
     )
 
-    transport: str = setting("auto", "Ways to move KV: auto, which is shm and gloo; or one of them.")
+    transport: str = setting(
+        "auto", "Ways to move KV: auto, which is shm and gloo; or of cuda_ipc, shm, gloo those named: cuda_ipc,gloo."
+    )
     data_host: str = setting("", "Address that peers on other hosts send KV to. [default: the host of --advertise]")
     checksum: bool = setting(False, "Compare checksums of all KV that is sent or received.")
 

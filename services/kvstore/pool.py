@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from kvmesh.dataplane.base import Transport
@@ -41,13 +42,18 @@ class BlockPool(BlockMemory):
 
         Raises CannotConnect, InvalidArgument.
         """
-        return open_all(
-            setting,
-            {
-                "shm": lambda: ShmTransport(self._memory, self.kv),
-                "gloo": lambda: PairTransport(self.kv, GlooLinks(host), host, patience),
-            },
-        )
+        import torch
+
+        makers: dict[str, Callable[[], Transport]] = {
+            "shm": lambda: ShmTransport(self._memory, self.kv),
+            "gloo": lambda: PairTransport(self.kv, GlooLinks(host), host, patience),
+        }
+        if torch.cuda.is_available():
+            from kvmesh.dataplane.cuda_ipc import CudaIpcTransport
+
+            # The memory is pinned for engines on GPUs of this host (never run).
+            makers["cuda_ipc"] = lambda: CudaIpcTransport(self.kv, shared=self._memory)
+        return open_all(setting, makers)
 
     def views(self, block: int) -> list[memoryview]:
         """One view for K and V of each layer."""

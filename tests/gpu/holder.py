@@ -27,9 +27,13 @@ ROWS = 4097
 PATIENCE = Patience(join=30.0, stall=10.0)
 
 
-def make(name: str, dry: bool, seed: int) -> tuple[Pool, Transport]:
-    """A pool of random numbers and its transport. Dry: shm for cuda_ipc, gloo for nccl."""
-    shape, device = (ROWS, LAYOUT.heads, LAYOUT.k_dim), "cpu" if dry else "cuda"
+def make(name: str, dry: bool, seed: int, sends: bool) -> tuple[Pool, Transport]:
+    """A pool of random numbers and its transport. Dry: shm for cuda_ipc, gloo for nccl.
+
+    "save" and "restore" are cuda_ipc with a KV store's pool, in pinned shared memory, on the receiving or sending side.
+    """
+    host = name == ("restore" if sends else "save")
+    shape, device = (ROWS, LAYOUT.heads, LAYOUT.k_dim), "cpu" if dry or host else "cuda"
     draw = torch.Generator(device=device).manual_seed(seed)
 
     def parts() -> list[torch.Tensor]:
@@ -38,19 +42,20 @@ def make(name: str, dry: bool, seed: int) -> tuple[Pool, Transport]:
             for _ in range(LAYOUT.layers)
         ]
 
-    if dry and name == "cuda_ipc":
+    if host or (dry and name != "nccl"):
+        from kvmesh.dataplane.cuda_ipc import CudaIpcTransport
         from kvmesh.dataplane.shm import ShmTransport, create_pool
 
-        memory, shared = create_pool(LAYOUT, ROWS, "kvmesh-gpu-dry")
+        memory, shared = create_pool(LAYOUT, ROWS, "kvmesh-gpu")
         for part, made in zip(shared.keys + shared.values, parts() + parts(), strict=True):
             part.copy_(made)
-        return shared, ShmTransport(memory, shared)
+        return shared, ShmTransport(memory, shared) if dry else CudaIpcTransport(shared, shared=memory)
     pool = Pool(LAYOUT, parts(), parts())
     if dry:
         from kvmesh.dataplane.gloo import GlooLinks
 
         return pool, PairTransport(pool, GlooLinks(HOST), HOST, PATIENCE)
-    if name == "cuda_ipc":
+    if name != "nccl":
         from kvmesh.dataplane.cuda_ipc import CudaIpcTransport
 
         return pool, CudaIpcTransport(pool)
@@ -100,7 +105,7 @@ class Holder:
 
 def serve() -> None:
     """The process."""
-    pool, transport = make(sys.argv[1], sys.argv[2] == "1", seed=2)
+    pool, transport = make(sys.argv[1], sys.argv[2] == "1", seed=2, sends=False)
     over, errors = threading.Event(), [""]
 
     def done(error: str) -> None:

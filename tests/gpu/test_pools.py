@@ -32,7 +32,7 @@ class Ends:
         os.environ.update({**NCCL, "NCCL_HOSTID": "here"})
         self.pool: Pool
         self.transport: Transport
-        self.pool, self.transport = make(name, dry, seed=1)
+        self.pool, self.transport = make(name, dry, seed=1, sends=True)
 
     def begin(self, target: np.ndarray) -> tuple[KvPool, Connection]:
         """A connection for one write into these rows."""
@@ -47,7 +47,7 @@ class Ends:
         return self.holder.ask("arrived") if isinstance(self.transport, TwoSidedTransport) else ""
 
 
-@pytest.fixture(params=["cuda_ipc", "nccl"])
+@pytest.fixture(params=["cuda_ipc", "save", "restore", "nccl"])
 def ends(request: pytest.FixtureRequest, dry: bool) -> Iterator[Ends]:
     made = Ends(request.param, dry)
     yield made

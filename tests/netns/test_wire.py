@@ -84,17 +84,24 @@ async def test_stores_on_two_hosts(stores: list[Program]) -> None:
     await asyncio.gather(*(moved(*pair, store, tokens(2, key), key) for *pair, store, key in pairs))
 
 
+async def begun(
+    sender: Program, receiver: Program, store: str, prompt: list[int], wire: Wire, **ticket: int
+) -> asyncio.Future[Any]:
+    """A transfer of 16 MiB that is under way, over a wire that takes 2.5 MB a second now."""
+    await sender.ask("fill", store=store, tokens=prompt, value=1)
+    prepared = await receiver.ask("prepare", store=store, tokens=prompt, **ticket)
+    wire.slow("20mbit")
+    sending = asyncio.ensure_future(sender.ask("send", store=store, tokens=prompt, ticket=prepared))
+    await asyncio.sleep(1.0)
+    assert not sending.done()
+    return sending
+
+
 async def test_the_wire_is_pulled_out_in_mid_transfer(stores: list[Program], wire: Wire) -> None:
     a, b = stores
     prompt = tokens(8, 30)
     await moved(a, b, "hasty", tokens(1, 31), 90)
-    await a.ask("fill", store="hasty", tokens=prompt, value=1)
-    ticket = await b.ask("prepare", store="hasty", tokens=prompt)
-    # 16 MiB at 2.5 MB a second.
-    wire.slow("20mbit")
-    sending = asyncio.ensure_future(a.ask("send", store="hasty", tokens=prompt, ticket=ticket))
-    await asyncio.sleep(1.0)
-    assert not sending.done()
+    sending = await begun(a, b, "hasty", prompt, wire)
     wire.up(False)
     with pytest.raises(Failed) as failed:
         await sending
@@ -113,13 +120,7 @@ async def test_the_wire_is_pulled_out_in_mid_transfer(stores: list[Program], wir
 
 async def test_a_cancel_does_not_wait_for_a_dead_wire(stores: list[Program], wire: Wire) -> None:
     a, b = stores
-    prompt = tokens(8, 40)
-    await a.ask("fill", store="patient", tokens=prompt, value=1)
-    ticket = await b.ask("prepare", store="patient", tokens=prompt, ttl_ms=5000)
-    wire.slow("20mbit")
-    sending = asyncio.ensure_future(a.ask("send", store="patient", tokens=prompt, ticket=ticket))
-    await asyncio.sleep(1.0)
-    assert not sending.done()
+    sending = await begun(a, b, "patient", tokens(8, 40), wire, ttl_ms=5000)
     wire.up(False)
     assert await a.ask("locked", store="patient", count=8) == 1
     await a.ask("cancel", store="patient")
@@ -138,13 +139,7 @@ async def test_the_receiver_dies_in_mid_transfer(stores: list[Program], wire: Wi
     other = Program(wire, 1, "store_side.py", ADDRESSES[1], STORES)
     await other.start()
     try:
-        prompt = tokens(8, 41)
-        await a.ask("fill", store="patient", tokens=prompt, value=1)
-        ticket = await other.ask("prepare", store="patient", tokens=prompt)
-        wire.slow("20mbit")
-        sending = asyncio.ensure_future(a.ask("send", store="patient", tokens=prompt, ticket=ticket))
-        await asyncio.sleep(1.0)
-        assert not sending.done()
+        sending = await begun(a, other, "patient", tokens(8, 41), wire)
     finally:
         await other.kill()
     with pytest.raises(Failed) as failed:
@@ -159,12 +154,7 @@ async def test_the_sender_dies_in_mid_transfer(stores: list[Program], wire: Wire
     await other.start()
     try:
         prompt = tokens(8, 42)
-        await other.ask("fill", store="patient", tokens=prompt, value=1)
-        ticket = await b.ask("prepare", store="patient", tokens=prompt)
-        wire.slow("20mbit")
-        sending = asyncio.ensure_future(other.ask("send", store="patient", tokens=prompt, ticket=ticket))
-        await asyncio.sleep(1.0)
-        assert not sending.done()
+        sending = await begun(other, b, "patient", prompt, wire)
     finally:
         await other.kill()
     with pytest.raises(Failed, match="GONE"):

@@ -87,6 +87,7 @@ class EngineNode:
         self.status.close()
         await self.channel.close(None)
         await self.server.stop(0)
+        await self.receiver.close()
         await self.sender.close()
         await self.book.close()
         await self.tokenizers.close()
@@ -176,11 +177,11 @@ async def until(predicate: Callable[[], bool], timeout: float = 15.0) -> None:
 
 @asynccontextmanager
 async def two(
-    a: FakeRuntime | None = None, b: FakeRuntime | None = None
+    a: FakeRuntime | None = None, b: FakeRuntime | None = None, hosts: tuple[str, str] = (HOST, HOST)
 ) -> AsyncIterator[tuple[EngineNode, EngineNode]]:
     """A sender and a receiver that share what is known of writes; at the end, no slot may be lost."""
     writes = Writes()
-    nodes = [EngineNode("p", a or FakeRuntime()), EngineNode("d", b or FakeRuntime())]
+    nodes = [EngineNode("p", a, host=hosts[0]), EngineNode("d", b, host=hosts[1])]
     for node in nodes:
         node.runtime.writes = writes
         await node.start()

@@ -19,7 +19,7 @@ from kvmesh.grpcx import Server, rpc
 from kvmesh.membership import Membership
 from kvmesh.ranges import check_range
 from kvmesh.v1 import common_pb2, engine_pb2, engine_pb2_grpc, kv_pb2, kv_pb2_grpc
-from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member
+from kvmesh.v1.registry_pb2 import MEMBER_KIND_ENGINE, Member, MemberKind
 
 VOCAB, CONTEXT, EOS = 320, 4096, 257
 BYTES_PER_TOKEN = 64
@@ -86,12 +86,17 @@ class FakeEngine(kv_pb2_grpc.KvEndpointServicer, engine_pb2_grpc.EngineServicer)
             kv_pb2_grpc.add_KvEndpointServicer_to_server(self, server)
             engine_pb2_grpc.add_EngineServicer_to_server(self, server)
 
-        self.server = Server("127.0.0.1:0", register, ["kvmesh.v1.KvEndpoint", "kvmesh.v1.Engine"])
+        await self._join(registry, register, "kvmesh.v1.Engine", MEMBER_KIND_ENGINE)
+
+    async def _join(
+        self, registry: str, register: Callable[[Any], None], service: str, kind: MemberKind.ValueType
+    ) -> None:
+        self.server = Server("127.0.0.1:0", register, ["kvmesh.v1.KvEndpoint", service])
         self.endpoint = common_pb2.Endpoint(
             name=self.name, address=self.server.address, incarnation=secrets.token_hex(16)
         )
         await self.server.start()
-        member = Member(endpoint=self.endpoint, kind=MEMBER_KIND_ENGINE, labels=self.labels)
+        member = Member(endpoint=self.endpoint, kind=kind, labels=self.labels)
         self.membership = Membership(registry, member)
         await self.membership.start(5)
 

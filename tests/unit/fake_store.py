@@ -6,16 +6,14 @@ It finds fake engines, and they find it, in the same `mesh`.
 from __future__ import annotations
 
 import asyncio
-import secrets
 from typing import Any
 
 from fake_engine import BYTES_PER_TOKEN, CONTEXT, VOCAB, FakeEngine, FakeTicket
 
-from kvmesh.grpcx import Server, rpc
-from kvmesh.membership import Membership
+from kvmesh.grpcx import rpc
 from kvmesh.ranges import check_range
 from kvmesh.v1 import common_pb2, engine_pb2, kv_pb2, kv_pb2_grpc, kvstore_pb2, kvstore_pb2_grpc
-from kvmesh.v1.registry_pb2 import MEMBER_KIND_KVSTORE, Member
+from kvmesh.v1.registry_pb2 import MEMBER_KIND_KVSTORE
 
 BLOCK = 64
 
@@ -34,13 +32,7 @@ class FakeStore(FakeEngine, kvstore_pb2_grpc.KvStoreServicer):
             kv_pb2_grpc.add_KvEndpointServicer_to_server(self, server)
             kvstore_pb2_grpc.add_KvStoreServicer_to_server(self, server)
 
-        self.server = Server("127.0.0.1:0", register, ["kvmesh.v1.KvEndpoint", "kvmesh.v1.KvStore"])
-        self.endpoint = common_pb2.Endpoint(
-            name=self.name, address=self.server.address, incarnation=secrets.token_hex(16)
-        )
-        await self.server.start()
-        self.membership = Membership(registry, Member(endpoint=self.endpoint, kind=MEMBER_KIND_KVSTORE))
-        await self.membership.start(5)
+        await self._join(registry, register, "kvmesh.v1.KvStore", MEMBER_KIND_KVSTORE)
 
     def has(self, tokens: list[int], salt: str) -> int:
         """Tokens of this prompt that are kept, in whole blocks."""

@@ -30,8 +30,10 @@ from kvmesh.dataplane.layout import Layout
 from kvmesh.dataplane.link import RECEIVER, SENDER
 from kvmesh.dataplane.nccl import IN_PROGRESS, SUCCESS, NcclLinks, config
 from kvmesh.dataplane.pair import PairTransport, Patience
+from kvmesh.dataplane.shm import create_pool
 from kvmesh.dataplane.staging import Frame
 from kvmesh.errors import InvalidArgument, Unavailable
+from kvmesh.v1.kv_pb2 import KvPool
 
 EVEN = Layout("d" * 32, "float32", layers=3, heads=2, k_dim=4, v_dim=4, page_size=1)
 
@@ -68,6 +70,7 @@ class FakeMemory:
         }
         self.open_now: list[int] = []
         self.exports = 0
+        self.pinned: dict[int, int] = {}
         self.fail_open_at = -1
         self.shareable = True
 
@@ -90,6 +93,16 @@ class FakeMemory:
 
     def close(self, base):
         self.open_now.remove(base)
+
+    def pin(self, address, size):
+        if not self.shareable:
+            raise CudaError("cuMemHostRegister_v2: out of memory (2)")
+        # It is there.
+        ctypes.string_at(address + size - 1, 1)
+        self.pinned[address] = size
+
+    def unpin(self, address):
+        del self.pinned[address]
 
 
 class FakeStream:
@@ -189,6 +202,75 @@ def test_a_receiver_that_is_dead():
     with pytest.raises(CannotConnect, match="is gone"):
         sender.connect(peer)
     assert memory.open_now == []
+
+
+class WithStore:
+    """A pool on a GPU, and a store's in shared memory, of another layout of numbers in memory."""
+
+    def __init__(self, layout: Layout = EVEN) -> None:
+        self.gpu = pool(layout, 1)
+        self.shared, self.host = create_pool(layout, 300, "kvmesh-test-cuda")
+        for i, part in enumerate((*self.host.keys, *self.host.values)):
+            part.copy_(torch.arange(part.numel()).view(part.shape) + i)
+        self.memory = FakeMemory(self.gpu)
+        self.engine = CudaIpcTransport(self.gpu, self.memory, FakeStream(), FakeKernels())
+        self.store = CudaIpcTransport(
+            self.host, self.memory, FakeStream(), FakeKernels(), shared=self.shared, device="cpu"
+        )
+
+
+@pytest.fixture
+def with_store():
+    made = WithStore()
+    yield made
+    made.store.close()
+    made.shared.close()
+
+
+@pytest.mark.parametrize("to_store", [True, False], ids=["save", "restore"])
+def test_rows_go_between_a_gpu_and_a_stores_pinned_memory(with_store, to_store):
+    w = with_store
+    sender, receiver = (w.engine, w.store) if to_store else (w.store, w.engine)
+    ours, theirs = (w.gpu, w.host) if to_store else (w.host, w.gpu)
+    connection = sender.connect(receiver.describe())
+    # Ours, and of a store its mapping at the engine too.
+    assert len(w.memory.pinned) == 1 + to_store
+    assert set(w.memory.pinned.values()) == {w.shared.size}
+    source, target = np.array([7, 3, 299, 4, 5]), np.array([1, 298, 2, 12, 11])
+    before = copy_of(theirs)
+    assert connection.write(source, target) == 5 * EVEN.bytes_per_token
+    for a, b, old in zip(
+        ours.keys + ours.values, theirs.keys + theirs.values, before.keys + before.values, strict=True
+    ):
+        old[target] = a[source]
+        assert torch.equal(b, old)
+    connection.close()
+    assert w.memory.open_now == [] and list(w.memory.pinned) == [w.host.keys[0].data_ptr()]
+    w.store.close()
+    assert w.memory.pinned == {}
+
+
+def test_a_stores_memory_that_cannot_be_pinned(with_store):
+    w = with_store
+    w.memory.shareable = False
+    with pytest.raises(CannotConnect, match="cannot be mapped: cuMemHostRegister"):
+        w.engine.connect(w.store.describe())
+    with pytest.raises(CannotConnect, match="cannot be shared: cuMemHostRegister"):
+        CudaIpcTransport(w.host, w.memory, FakeStream(), FakeKernels(), shared=w.shared, device="cpu")
+    descriptors = len(list(Path("/proc/self/fd").iterdir()))
+    with pytest.raises(CannotConnect):
+        w.engine.connect(w.store.describe())
+    assert len(list(Path("/proc/self/fd").iterdir())) == descriptors
+
+
+def test_a_store_that_lies_is_refused(with_store):
+    w = with_store
+    for field in ("rows", "bytes"):
+        peer = KvPool.FromString(w.store.describe().SerializeToString())
+        setattr(peer, field, getattr(peer, field) + 1000)
+        with pytest.raises(InvalidArgument, match="has not"):
+            w.engine.connect(peer)
+    assert list(w.memory.pinned) == [w.host.keys[0].data_ptr()]
 
 
 def change_parts(peer):

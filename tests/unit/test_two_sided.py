@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 from contextlib import asynccontextmanager
 
+import engine_harness
 import grpc
 import pytest
 from engine_harness import EngineNode, refused, until
-from fake_runtime import Writes, answer
+from fake_runtime import answer
 from pair_runtime import PairRuntime, tiny
 
 from kvmesh.endpoint import receiver as receiver_module
@@ -17,22 +18,9 @@ CODES = grpc.StatusCode
 PROMPT = [(7 * i) % 250 for i in range(150)]
 
 
-@asynccontextmanager
-async def two(a: PairRuntime, b: PairRuntime, hosts: tuple[str, str] = ("one", "two")):
+def two(a: PairRuntime, b: PairRuntime, hosts: tuple[str, str] = ("one", "two")):
     """A sender and a receiver on different hosts."""
-    writes = Writes()
-    nodes = [EngineNode("p", a, host=hosts[0]), EngineNode("d", b, host=hosts[1])]
-    for node in nodes:
-        node.runtime.writes = writes
-        await node.start()
-    try:
-        yield nodes[0], nodes[1]
-        for node in nodes:
-            await node.settled()
-    finally:
-        for node in nodes:
-            await node.receiver.close()
-            await node.stop()
+    return engine_harness.two(a, b, hosts)
 
 
 async def moved(p: EngineNode, d: EngineNode, tokens: list[int], transport: str = "gloo") -> None:
