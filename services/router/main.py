@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc.aio
+
 from kvmesh.aio import Tasks
 from kvmesh.apikeys import ApiKeys
 from kvmesh.config import home
@@ -85,7 +87,10 @@ async def start(config: RouterConfig, stack: AsyncExitStack, tally: Tally | None
     make_link = partial(EngineLink, connect=connect)
     view = MeshView(lambda model: tokenizers.prepare(model.path), make_link, StoreLinks(connect))
     stack.push_async_callback(view.close)
-    settings = SharedSettings(config.registry, connect=connect)
+    # One for all: once the watch has it back, so has everybody else.
+    registry = connect(config.registry)
+    stack.push_async_callback(registry.close, None)
+    settings = SharedSettings(config.registry, channel=registry)
     stack.push_async_callback(settings.close)
     folder = await _folder(config, stack)
     strategies = catalog() if folder is None else folder.strategies
@@ -93,7 +98,7 @@ async def start(config: RouterConfig, stack: AsyncExitStack, tally: Tally | None
     stack.push_async_callback(board.close)
     runtime = Runtime(view, telemetry.tracer)
     stack.push_async_callback(runtime.close)
-    watch = MeshWatch(config.registry, view.update, patience=PATIENCE_S, connect=connect)
+    watch = MeshWatch(config.registry, view.update, patience=PATIENCE_S, channel=registry)
     stack.push_async_callback(watch.close)
     admission = Admission(config.max_running, config.max_running_tokens, config.max_waiting)
     door = Door(view, board, runtime, tokenizers, telemetry, admission)
@@ -125,7 +130,7 @@ async def start(config: RouterConfig, stack: AsyncExitStack, tally: Tally | None
     if folder is not None:
         folder.follow(board.adopt)
     http = await _http(config, door, view, service, keys, stack)
-    await _join(config, endpoint, {"http": http} if http else {}, watch, stack)
+    await _join(config, registry, endpoint, {"http": http} if http else {}, watch, stack)
     if config.wait_engines:
         log.info("waiting for %d engines", config.wait_engines)
         await view.wait_connected(config.wait_engines)
@@ -170,7 +175,12 @@ async def _http(
 
 
 async def _join(
-    config: RouterConfig, endpoint: Endpoint, labels: dict[str, str], watch: MeshWatch, stack: AsyncExitStack
+    config: RouterConfig,
+    registry: grpc.aio.Channel,
+    endpoint: Endpoint,
+    labels: dict[str, str],
+    watch: MeshWatch,
+    stack: AsyncExitStack,
 ) -> None:
     """Becomes a member, and waits until the watch has seen it: then the snapshot has come."""
     member = Member(
@@ -181,7 +191,7 @@ async def _join(
         started_unix_ms=int(time.time() * 1000),
         pid=os.getpid(),
     )
-    membership = Membership(config.registry, member, connect=connector(config.tls()))
+    membership = Membership(config.registry, member, channel=registry)
     await membership.start(REGISTER_S)
     stack.push_async_callback(membership.stop)
     await watch.wait_for(lambda members: endpoint.name in members, REGISTER_S)

@@ -26,6 +26,8 @@ from kvmesh.v1.router_pb2 import MeshStore
 
 BLOCK, NEW = 64, 16
 STORE = "kvstore-0"
+# Of the test of bounds: as many blocks as are in memory.
+WHOLE_PROMPT = 31 * BLOCK
 # 31 blocks in memory, 60 on disk.
 MEMORY, DISK = 4 << 20, 8 << 20
 LENGTH = 500
@@ -191,7 +193,7 @@ async def test_bounds_hold_under_ten_times_their_size(
     async with channel(address) as ch:
         stub: Any = KvStoreStub(ch)
         before = (await stub.Stats(pb.StatsRequest(), timeout=5)).stats
-        prompts = [prompt(1984, "bounds", i) for i in range(26)]
+        prompts = [prompt(WHOLE_PROMPT, "bounds", i) for i in range(26)]
         for tokens in prompts:
             await ask(router, tokens)
             reply = await stub.Stats(pb.StatsRequest(), timeout=5)
@@ -199,6 +201,10 @@ async def test_bounds_hold_under_ten_times_their_size(
             assert stats.memory_free + stats.memory_used + stats.memory_reserved == info.memory_blocks
             assert info.memory_bytes <= MEMORY and stats.disk_used_bytes <= DISK
             most = max(most, disk_bytes(blocks))
+        # The last is saved after its answer.
+        async with asyncio.timeout(30):
+            while (await stub.Match(pb.MatchRequest(token_ids=prompts[-1]), timeout=5)).matched < WHOLE_PROMPT:
+                await asyncio.sleep(0.05)
         last = await store_when(router, lambda s: s.stats.evicted_blocks > 0)
         total = last.stats.stored_blocks - before.stored_blocks
     bytes_stored = total * BLOCK * last.info.layout.bytes_per_token
