@@ -14,7 +14,7 @@ import grpc.aio
 import pytest
 from direct import DirectEngine, spare
 from hf_reference import Comparison
-from kill_campaign import STRATEGY_DIR, Plan, Tally, one_kill
+from kill_campaign import STRATEGY_DIR, Plan, Tally, Waiting, one_kill
 from kill_field import MeshField
 from mesh_process import RunningMesh, running
 from prompts import prompt
@@ -85,7 +85,7 @@ async def test_an_engine_is_killed_at_a_stage(
     """The campaign of test_kills.py has all stages, and many seeds."""
     await seen(client, two)
     field, tally = MeshField(doomed, client, comparison, tmp_path), Tally()
-    await one_kill(field, Plan.of(stage, 0, field), tally)
+    await one_kill(field, Plan.of(stage, 0, field), tally, Waiting(field))
     note(tally.line())
 
 

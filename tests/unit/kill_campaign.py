@@ -115,21 +115,20 @@ def _prompt(draw: random.Random, low: int, high: int) -> list[int]:
     return [draw.randrange(256) for _ in range(draw.randrange(low, high + 1))]
 
 
-async def one_kill(f: Field, plan: Plan, tally: Tally) -> str:
+async def one_kill(f: Field, plan: Plan, tally: Tally, waiting: Waiting) -> str:
     """Carries the plan out on a field of two engines or more that run; the name of the one that was killed."""
     draw = random.Random(f"more {plan.stage} {plan.seed}")
     others = [(ALL[i % 3], _prompt(draw, 1, f.longest // 2), draw.randrange(8, 40)) for i in range(BYSTANDERS)]
     for prompt, count in ((plan.prompt, plan.count), *((p, c) for _, p, c in others)):
         f.prepare(prompt, count)
     note = f.folder / f"{plan.stage}-{plan.seed}"
-    before = set(f.engines)
     bystanders = [asyncio.create_task(_stream(f, name, prompt, count)) for name, prompt, count in others]
     await asyncio.sleep(draw.random() * 0.05)
     seen: list[int] = []
     watched = asyncio.create_task(_stream(f, "staged", plan.prompt, plan.count, seen, note, plan))
     try:
         async with asyncio.timeout(DEADLINE_S):
-            victim, had = await _strike(f, plan, note, seen, watched, draw)
+            victim, had = await _strike(f, plan, note, seen, watched, draw, waiting)
         met = _met(plan, note, had)
         answers = await asyncio.gather(watched, *bystanders)
     finally:
@@ -143,8 +142,8 @@ async def one_kill(f: Field, plan: Plan, tally: Tally) -> str:
         tally.moved += attempts > 1
     tally.kills[plan.stage] += 1
     tally.met[plan.stage] += met
-    assert victim in before
-    await f.at_rest(sorted(before - {victim}))
+    assert victim not in f.engines
+    await f.at_rest(f.engines)
     return victim
 
 
@@ -178,12 +177,19 @@ async def _stream(
 
 
 async def _strike(
-    f: Field, plan: Plan, note: Path, seen: list[int], watched: asyncio.Task[object], draw: random.Random
+    f: Field,
+    plan: Plan,
+    note: Path,
+    seen: list[int],
+    watched: asyncio.Task[object],
+    draw: random.Random,
+    waiting: Waiting,
 ) -> tuple[str, int]:
     """Waits for the stage, and kills: the name of the engine, and how many tokens had come by then."""
     stage = {"first_token": "start_generate", "mid_decode": "start_generate"}.get(plan.stage, plan.hold or plan.stage)
     names = await anext(aiter(_reached(note, stage, watched)))
     victim = names[plan.victim % len(names)]
+    await waiting.settled(victim)
     if plan.frozen:
         await f.freeze(victim)
         _go(note)
@@ -232,6 +238,12 @@ class Waiting:
     def __init__(self, f: Field) -> None:
         self._field = f
         self._task: asyncio.Task[None] | None = None
+        self._name = ""
+
+    async def settled(self, name: str) -> None:
+        """One that is started anew may serve before the start is over here."""
+        if name == self._name:
+            await self.over()
 
     async def enough(self, needed: int) -> None:
         """Returns when so many run."""
@@ -241,13 +253,14 @@ class Waiting:
     async def begin(self, name: str) -> None:
         """Restarts it in the background, after the one before."""
         await self.over()
+        self._name = name
         self._task = asyncio.create_task(self._field.restart(name))
 
     async def over(self) -> None:
         """Returns when all are back."""
         if self._task is not None:
             await self._task
-            self._task = None
+            self._task, self._name = None, ""
 
 
 async def campaign(
@@ -262,7 +275,7 @@ async def campaign(
                 if time.monotonic() > deadline:
                     return
                 await waiting.enough(2)
-                victim = await one_kill(f, Plan.of(stage, seed, f), tally)
+                victim = await one_kill(f, Plan.of(stage, seed, f), tally, waiting)
                 await waiting.begin(victim)
     finally:
         await waiting.over()
