@@ -22,13 +22,14 @@ from kvmesh.bench.report import Report, summarise
 from kvmesh.bench.run import Load
 from kvmesh.bench.workloads import Length, synthetic
 from kvmesh.sim.profile import load_profile
+from simulator.mesh import Around
 from simulator.run import Choice, simulate
 
 PROFILE = "llama-3.1-70b-fp8-tp4-h100"
 RATES = (1.6, 2.4, 3.2, 4.0, 4.8, 5.6)
 WARMUP, COUNTED = 40, 100
 # A call between router and engine, one way, in seconds: theirs are REST in Python.
-LATENCY = 0.004
+AROUND = Around(latency=0.004)
 STRATEGIES = {
     "data parallel": "data_parallel",
     "1P1D": "prefill_decode",
@@ -82,7 +83,7 @@ def run_all(also: Iterable[str], seeds: int, rates: Sequence[float] = RATES, cou
     for curve, text in choices.items():
         for rate in rates:
             runs = (
-                simulate(profile, 2, Choice.parse(text), load_at(rate, s, counted), s, LATENCY) for s in range(seeds)
+                simulate(profile, 2, Choice.parse(text), load_at(rate, s, counted), s, AROUND) for s in range(seeds)
             )
             reports[curve, rate] = [summarise(curve, run.records, warmup=WARMUP) for run in runs]
             failed = sum(r.failed for r in reports[curve, rate])

@@ -9,17 +9,12 @@ from __future__ import annotations
 import asyncio
 import random
 import statistics
-from contextlib import AsyncExitStack
 
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.restore import TRANSPORTS, Peer
-from kvmesh import grpcx
-from kvmesh.local.mesh import stages
+from benchmarks.peers import TRANSPORTS, Peer, peers_of
 from kvmesh.local.options import MeshOptions
-from kvmesh.local.state import MeshDir
-from kvmesh.local.supervisor import LocalMesh
 from kvmesh.local.tiny_model import Recipe, tiny_model
 from kvmesh.v1.kv_pb2 import RemoteSendResponse
 
@@ -48,10 +43,7 @@ async def run(transport: str, console: Console) -> None:
     options = MeshOptions(name=f"overlap-{transport}", engines=2, trace_ratio=0.0, http="")
     model = await asyncio.to_thread(tiny_model, Recipe(context=CONTEXT))
     arguments = ["--kv-tokens", "65536", "--chunk-tokens", str(CHUNK_TOKENS), "--transport", transport]
-    async with LocalMesh(MeshDir(options.name), str(model)) as mesh, AsyncExitStack() as stack:
-        await mesh.start(stages(options, model, arguments), options.start_timeout)
-        addresses = [c.address for c in mesh.children if c.spec.role == "engine"]
-        sender, receiver = [Peer(await stack.enter_async_context(grpcx.channel(a))) for a in addresses]
+    async with peers_of(options, model, arguments) as ((sender, receiver), _):
         title = f"{transport}: milliseconds of a RemoteSend, in chunks of {CHUNK_TOKENS} tokens; medians of {REPEATS}"
         table = Table(title=title, title_justify="left")
         for column in ("tokens", "KV MB", "computing", "sending", "of that left", "left / computing"):

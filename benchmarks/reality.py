@@ -32,6 +32,7 @@ from kvmesh.local.state import MeshDir
 from kvmesh.local.supervisor import LocalMesh
 from kvmesh.sim.profile import Profile
 from services.engine.sim.measure import Measured, Plan, Probe, fit, measure
+from simulator.mesh import Around
 from simulator.run import Choice, simulate
 
 STRATEGIES = ("data_parallel", "prefill_decode")
@@ -51,9 +52,8 @@ class Reality:
 
     profile: Profile
     records: dict[str, list[list[Record]]]
-    # Seconds of a call between services, one way; and of a request outside of the engine, on an idle mesh.
-    latency: float
-    front: float
+    # What was measured of the ways, on an idle mesh.
+    around: Around
 
 
 def load_of(count: int, rate: float, seed: int, round_: int = 0) -> Load:
@@ -136,7 +136,7 @@ async def real(count: int, rate: float, rounds: int, seed: int) -> Reality:
             for target in targets.values():
                 await target.close()
     latency = median(measured.calls) / 2
-    return Reality(profile, records, latency, max(0.0, median(fronts) - latency))
+    return Reality(profile, records, Around(latency, front=max(0.0, median(fronts) - latency)))
 
 
 def times(rounds: list[list[Record]], measure_: str) -> np.ndarray:  # type: ignore[type-arg]
@@ -153,9 +153,7 @@ def compare(reality: Reality, count: int, rate: float, seed: int) -> list[str]:
     ]
     for strategy, rounds in reality.records.items():
         load = load_of(count, rate, seed)
-        outcome = simulate(
-            reality.profile, 2, Choice.parse(strategy), load, seed, latency=reality.latency, front=reality.front
-        )
+        outcome = simulate(reality.profile, 2, Choice.parse(strategy), load, seed, reality.around)
         for name in ("ttft", "tpot", "jct"):
             ours, theirs = times([outcome.records[WARMUP:]], name), times(rounds, name)
             good = ~np.isnan(theirs)
@@ -189,8 +187,9 @@ def main(requests: int, rate: float, rounds: int, seed: int, output: Path | None
     click.echo(
         f"fitted: prefills within {100 * p.fitted['prefill_error']:.0f} %, steps within "
         f"{100 * p.fitted['decode_error']:.0f} %; {100 * p.contention:.0f} % longer beside another engine; "
-        f"a send {1000 * p.transfer.latency:.1f} ms and its bytes; a call {1000 * reality.latency:.1f} ms one way; "
-        f"{1000 * reality.front:.1f} ms in front of the engines"
+        f"a send {1000 * p.transfer.latency:.1f} ms and its bytes; "
+        f"a call {1000 * reality.around.latency:.1f} ms one way; "
+        f"{1000 * reality.around.front:.1f} ms in front of the engines"
     )
     click.echo("\n".join(compare(reality, requests, rate, seed)))
 

@@ -284,10 +284,8 @@ class MeshWatch:
 class SharedSettings:
     """The mesh's settings: strings under keys of [a-z0-9._/-]{1,128}."""
 
-    def __init__(
-        self, registry_address: str, *, channel: grpc.aio.Channel | None = None, connect: Connect = make_channel
-    ) -> None:
-        self._link = RegistryLink(registry_address, channel, connect)
+    def __init__(self, registry_address: str, *, channel: grpc.aio.Channel | None = None) -> None:
+        self._link = RegistryLink(registry_address, channel)
 
     async def close(self) -> None:
         """Closes the channel if it is ours; running watches end."""

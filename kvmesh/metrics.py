@@ -16,6 +16,7 @@ from prometheus_client.metrics_core import Metric
 from prometheus_client.registry import Collector
 
 from kvmesh import __version__
+from kvmesh.aio import Tasks
 from kvmesh.config import ServiceConfig
 from kvmesh.errors import Unavailable
 from kvmesh.grpcx import announce, join_address, split_address
@@ -75,16 +76,15 @@ async def serving(listen: str, registry: CollectorRegistry, config: ServiceConfi
         server, thread = start_http_server(port, host, registry, **tls)
     except OSError as error:
         raise Unavailable(f"cannot listen on {listen} for metrics: {error.strerror}") from error
-    keeping = None
+    keeping = Tasks()
     if tls:
         from kvmesh.renewal import keep
 
-        keeping = asyncio.create_task(keep(lambda: server.socket.context, tls["certfile"], tls["keyfile"]))  # type: ignore[attr-defined]
+        keeping.start(keep(lambda: server.socket.context, tls["certfile"], tls["keyfile"]), "renew certificates")  # type: ignore[attr-defined]
     try:
         yield join_address(host, _port(server))
     finally:
-        if keeping is not None:
-            keeping.cancel()
+        await keeping.close()
         await asyncio.to_thread(server.shutdown)
         server.server_close()
         await asyncio.to_thread(thread.join, 1.0)

@@ -45,6 +45,7 @@ def sim(
     from kvmesh.bench.report import comparison, summarise, table
     from kvmesh.sim.profile import load_profile
     from kvmesh.sizes import parse_size
+    from simulator.mesh import Around
     from simulator.run import Choice, simulate
 
     logging.disable(logging.INFO)
@@ -52,22 +53,13 @@ def sim(
         plots.check(plot)
     engine = load_profile(profile)
     asks = fitting(asks_of(given), engine.model.context_length)
-    memory_bytes = parse_size(store_memory, "store_memory")
+    around = Around(latency / 1000, stores=stores, store_memory=parse_size(store_memory, "store_memory"))
     choices = [Choice.parse(text) for text in strategies]
     reports = []
     for choice in choices:
         load = load_of(given, asks)
         load.on_progress = _progress(choice.text)
-        outcome = simulate(
-            engine,
-            engines,
-            choice,
-            load,
-            given["seed"],
-            latency / 1000,
-            stores=stores,
-            store_memory=memory_bytes,
-        )
+        outcome = simulate(engine, engines, choice, load, given["seed"], around)
         about = {key: str(value) for key, value in given.items() if value}
         about |= {"target": "simulator", "engines": str(engines), "profile": engine.name}
         about |= {"stores": str(stores), "store_memory": store_memory} if stores else {}

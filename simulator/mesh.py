@@ -7,6 +7,7 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import dataclass
 from typing import Any, cast
 
 from kvmesh.aio import Tasks
@@ -167,26 +168,30 @@ class SimLink(EngineLink):
         self._node.runtime.watch_cache()
 
 
-class SimMesh:
-    """A router over `count` engines of one profile, and `stores` KV stores of `store_memory` bytes of KV each.
+@dataclass(frozen=True)
+class Around:
+    """What a mesh has besides its engines: `stores` KV stores of `store_memory` bytes of KV each, and ways.
 
     In seconds, `latency`: of a call between services, one way; `front`: what a request spends outside of the engines
     besides, on its way from the client and back.
     """
 
-    def __init__(
-        self,
-        profile: Profile,
-        count: int,
-        seed: int = 0,
-        latency: float = 0.0005,
-        front: float = 0.0,
-        stores: int = 0,
-        store_memory: int = STORE_MEMORY,
-    ) -> None:
+    latency: float = 0.0005
+    front: float = 0.0
+    stores: int = 0
+    store_memory: int = STORE_MEMORY
+
+
+USUAL = Around()
+
+
+class SimMesh:
+    """A router over `count` engines of one profile."""
+
+    def __init__(self, profile: Profile, count: int, seed: int = 0, around: Around = USUAL) -> None:
         self.profile = profile
-        self.front = front
-        self._network = Network(latency)
+        self.front = around.front
+        self._network = Network(around.latency)
         peers = LocalPeers()
         arithmetic = Arithmetic(profile.model.context_length)
         host = Host()
@@ -195,7 +200,8 @@ class SimMesh:
             for i in range(count)
         ]
         self.stores = [
-            StoreNode(f"store-{i}", profile, store_memory, self._network, peers, seed, HOST_ID) for i in range(stores)
+            StoreNode(f"store-{i}", profile, around.store_memory, self._network, peers, seed, HOST_ID)
+            for i in range(around.stores)
         ]
         self._members: list[Node | StoreNode] = [*self.nodes, *self.stores]
         self._stack = AsyncExitStack()

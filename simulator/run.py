@@ -13,7 +13,7 @@ from kvmesh.bench.run import run as run_load
 from kvmesh.sim.profile import Profile
 from kvmesh.v1.kvstore_pb2 import StoreStats
 from simulator.clock import run
-from simulator.mesh import STORE_MEMORY, MeshTarget, SimMesh
+from simulator.mesh import USUAL, Around, MeshTarget, SimMesh
 from simulator.stores import total
 
 
@@ -51,24 +51,16 @@ class Outcome:
 
 
 def simulate(
-    profile: Profile,
-    engines: int,
-    choice: Choice,
-    load: Load,
-    seed: int = 0,
-    latency: float = 0.0005,
-    front: float = 0.0,
-    stores: int = 0,
-    store_memory: int = STORE_MEMORY,
+    profile: Profile, engines: int, choice: Choice, load: Load, seed: int = 0, around: Around = USUAL
 ) -> Outcome:
-    """Runs it; the same at the same seed. From `latency` on, all is as SimMesh has it."""
+    """Runs it; the same at the same seed."""
     random.seed(seed)
     gc.collect()
     began = time.perf_counter()
 
     async def whole() -> tuple[list[Record], float, StoreStats]:
         start = time.monotonic()
-        async with SimMesh(profile, engines, seed, latency, front, stores, store_memory) as mesh:
+        async with SimMesh(profile, engines, seed, around) as mesh:
             # What has been made up to here stays: to look through it for garbage, again and again, is of no use.
             gc.freeze()
             records = await run_load(MeshTarget(mesh, choice.strategy, choice.params), load)

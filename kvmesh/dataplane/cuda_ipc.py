@@ -95,6 +95,8 @@ class CudaIpcTransport(Transport):
         try:
             self._memory = memory or CudaDriver()
             self._stream = stream or CudaStream(self._device)
+            # Before anything is pinned: it may fail as well.
+            self._ours = table(pool.keys, self._device), table(pool.values, self._device)
             if shared is None:
                 self._description = self._describe()
             else:
@@ -103,7 +105,6 @@ class CudaIpcTransport(Transport):
                 self._pinned = pool.keys[0].data_ptr()
         except CudaError as error:
             raise CannotConnect(f"the pool cannot be shared: {error}") from error
-        self._ours = table(pool.keys, self._device), table(pool.values, self._device)
 
     def _pin(self, pool: Pool, size: int) -> None:
         """A pool in shared memory begins with the first layer's keys."""

@@ -18,8 +18,8 @@ from kvmesh.tls import Tls
 Stage = Callable[[LocalMesh], list[Spec]]
 
 
-def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[Stage]:
-    """etcd; then the registry; then all engines, stores and the router together. `model`: of engines with one."""
+def stages(options: MeshOptions, model: Path | None, engine_args: list[str]) -> list[Stage]:
+    """etcd; then the registry; then all engines, stores and the router together. `model`: None if it is simulated."""
 
     def etcd(mesh: LocalMesh) -> list[Spec]:
         from kvmesh.local.etcd import command, environment, free_ports
@@ -50,12 +50,9 @@ def stages(options: MeshOptions, model: Path, engine_args: list[str]) -> list[St
     return [etcd, registry, workers]
 
 
-def _engine(mesh: LocalMesh, options: MeshOptions, name: str, model: Path, arguments: list[str]) -> Spec:
+def _engine(mesh: LocalMesh, options: MeshOptions, name: str, model: Path | None, arguments: list[str]) -> Spec:
     own = ["--name", name, "--dtype", options.dtype, "--run-dir", str(mesh.work / name)]
-    if options.sim:
-        own += ["--sim", options.sim]
-    elif "--sim" not in arguments:
-        own += ["--model", str(model)]
+    own += ["--model", str(model)] if model is not None else ["--sim", options.sim]
     if options.kv_tokens:
         own += ["--kv-tokens", str(options.kv_tokens)]
     # Several engines share the cores: one thread each, unless the user says otherwise.

@@ -59,7 +59,9 @@ async def unless(stop: asyncio.Event, work: Coroutine[Any, Any, None]) -> bool:
         await asyncio.gather(task, stopped, return_exceptions=True)
 
 
-async def start(mesh: LocalMesh, options: MeshOptions, model: Path, engine_args: list[str], console: Console) -> None:
+async def start(
+    mesh: LocalMesh, options: MeshOptions, model: Path | None, engine_args: list[str], console: Console
+) -> None:
     """Starts the mesh and shows how it goes. Raises StartFailed."""
     async with shown(mesh, console):
         await mesh.start(stages(options, model, engine_args), options.start_timeout)
@@ -71,15 +73,14 @@ async def serve(options: MeshOptions, engine_args: list[str]) -> int:
     if options.sim:
         from kvmesh.sim.profile import load_profile
 
-        model = Path(options.sim)
-        profile = load_profile(options.sim)
+        model, profile = None, load_profile(options.sim)
         console.print(f"SIMULATED engines: {profile.name}, whose tokens mean nothing", soft_wrap=True)
     else:
         model, tiny = await asyncio.to_thread(resolve_model, options.model)
         if tiny:
             what = f"a tiny random Llama with a byte-level tokenizer ({model})"
             console.print(f"no --model given: {what}", soft_wrap=True)
-    async with interrupts() as stop, LocalMesh(MeshDir(options.name), str(model)) as mesh:
+    async with interrupts() as stop, LocalMesh(MeshDir(options.name), options.sim or str(model)) as mesh:
         stores = f", {options.stores} KV stores" if options.stores else ""
         console.print(f"starting the mesh {options.name!r}: etcd, registry, {options.engines} engines{stores}, router")
         try:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import tomllib
 import typing
 from dataclasses import dataclass, field
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
+from kvmesh.config import read_toml
 from kvmesh.dataplane.layout import ITEM_BYTES, Layout
 from kvmesh.errors import InvalidArgument
 
@@ -204,12 +204,9 @@ def shipped() -> list[str]:
 def load_profile(name: str) -> Profile:
     """The shipped profile of that name, or the one in that file. Raises InvalidArgument."""
     path = SHIPPED / f"{name}.toml" if name in shipped() else Path(name).expanduser()
-    try:
-        content = tomllib.loads(path.read_text())
-    except OSError:
-        raise InvalidArgument(f"profile {name!r} is no file, and not one of {', '.join(shipped())}") from None
-    except ValueError as error:
-        raise InvalidArgument(f"profile {path}: {error}") from None
+    if not path.is_file():
+        raise InvalidArgument(f"profile {name!r} is no file, and not one of {', '.join(shipped())}")
+    content = read_toml(path)
     content.setdefault("name", path.stem)
     return _build(Profile, content, f"profile {path.stem}")
 

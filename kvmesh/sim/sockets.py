@@ -60,6 +60,13 @@ class SocketPeers(Peers):
 
     async def open(self, inbox: Inbox, layout: Layout, rows: int) -> dict[str, list[KvPool]]:
         """Listens; without TCP, and with a warning, where its address is none of this machine's."""
+        try:
+            return await self._open(inbox, layout, rows)
+        except BaseException:
+            await self.close()
+            raise
+
+    async def _open(self, inbox: Inbox, layout: Layout, rows: int) -> dict[str, list[KvPool]]:
         self._inbox = inbox
         meeting = Meeting(pair=self._secret, fresh=True)
         me = ProcessRef.current()

@@ -72,7 +72,7 @@ def engine_specs(place, monkeypatch, options: MeshOptions, arguments=()):
     monkeypatch.setattr(LocalMesh, "work", Path("/w"))
     registry = type("C", (), {"spec": type("S", (), {"role": "registry"}), "address": "127.0.0.1:1"})
     mesh.children = [registry]  # type: ignore[list-item]
-    return stages(options, Path("/m"), list(arguments))[2](mesh)
+    return stages(options, None if options.sim else Path("/m"), list(arguments))[2](mesh)
 
 
 def test_options_reach_the_services(place, monkeypatch):

@@ -242,8 +242,8 @@ def test_cancelled_while_it_is_written(ends, when):
     with pytest.raises(Unavailable):
         connection.write(target[32:], target[32:])
     connection.close()
-    for now, then in zip(ends.theirs.keys, before.keys, strict=True):
-        assert torch.equal(now, then)
+    for after, was in zip(ends.theirs.keys, before.keys, strict=True):
+        assert torch.equal(after, was)
     assert len(ends.receiver._inbound) == len(ends.sender._outbound) == 0
 
 

@@ -7,7 +7,8 @@ import hashlib
 import shutil
 import socket
 import ssl
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -87,17 +88,26 @@ class Echo:
         server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test.Echo", methods),))
 
 
-async def test_channels_show_what_the_files_hold_and_streams_go_on(tmp_path: Path) -> None:
-    folder = tmp_path / "certs"
-    make_certificates(folder)
+@asynccontextmanager
+async def echoing(folder: Path) -> AsyncIterator[int]:
+    """An Echo with the certificates of `folder`; its port."""
     server = grpc.aio.server()
     Echo().add_to(server)
     tls = Tls.read(*paths(folder))
     assert tls is not None
     port = server.add_secure_port("127.0.0.1:0", tls.server_credentials(True))
     await server.start()
-    shown = Tls.read(*paths(folder, "client"))
     try:
+        yield port
+    finally:
+        await server.stop(None)
+
+
+async def test_channels_show_what_the_files_hold_and_streams_go_on(tmp_path: Path) -> None:
+    folder = tmp_path / "certs"
+    make_certificates(folder)
+    shown = Tls.read(*paths(folder, "client"))
+    async with echoing(folder) as port:
         async with channel(f"127.0.0.1:{port}", shown) as ch:
             call = ch.unary_unary(CALL)
             first = digest((folder / "client.pem").read_bytes()).encode()
@@ -118,22 +128,14 @@ async def test_channels_show_what_the_files_hold_and_streams_go_on(tmp_path: Pat
                     await asyncio.sleep(0.02)
         with pytest.raises((asyncio.CancelledError, grpc.aio.AioRpcError)):
             await stream.read()
-    finally:
-        await server.stop(None)
 
 
 async def test_a_new_ca_comes_by_a_file_with_both(tmp_path: Path) -> None:
     for name in ("old", "new"):
         make_certificates(tmp_path / name)
     folder = tmp_path / "old"
-    server = grpc.aio.server()
-    Echo().add_to(server)
-    tls = Tls.read(*paths(folder))
-    assert tls is not None
-    port = server.add_secure_port("127.0.0.1:0", tls.server_credentials(True))
-    await server.start()
 
-    async def accepted(ca: Path, of: Path) -> bool:
+    async def accepted(ca: Path, of: Path, port: int) -> bool:
         shown = Tls.of((str(ca), *paths(of, "client")[1:]))
         async with channel(f"127.0.0.1:{port}", shown) as ch:
             try:
@@ -141,16 +143,14 @@ async def test_a_new_ca_comes_by_a_file_with_both(tmp_path: Path) -> None:
             except grpc.aio.AioRpcError:
                 return False
 
-    try:
+    async with echoing(folder) as port:
         old, new = folder / "ca.pem", tmp_path / "new" / "ca.pem"
-        assert await accepted(old, folder) and not await accepted(old, tmp_path / "new")
+        assert await accepted(old, folder, port) and not await accepted(old, tmp_path / "new", port)
         old.write_bytes(old.read_bytes() + new.read_bytes())
         async with asyncio.timeout(20):
-            while not await accepted(old, tmp_path / "new"):
+            while not await accepted(old, tmp_path / "new", port):
                 await asyncio.sleep(0.02)
-        assert await accepted(old, folder)
-    finally:
-        await server.stop(None)
+        assert await accepted(old, folder, port)
 
 
 async def test_every_door_shows_the_renewed_certificate_and_the_mesh_serves_on(tmp_path: Path) -> None:

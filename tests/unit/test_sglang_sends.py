@@ -183,8 +183,8 @@ def test_only_the_range_is_sent(ends, begin, end):
     assert sent.error == "" and sum(sent.pieces[2::4]) == end - begin
     assert ends.arrived(PROMPT, begin, end, target.tobytes())
     others = [r for r in range(len(before[0])) if r not in set(target.tolist())]
-    for now, then in zip((*ends.d.pool.k_buffer, *ends.d.pool.v_buffer), before, strict=True):
-        assert torch.equal(now[others], then[others])
+    for after, was in zip((*ends.d.pool.k_buffer, *ends.d.pool.v_buffer), before, strict=True):
+        assert torch.equal(after[others], was[others])
     ends.idle()
 
 

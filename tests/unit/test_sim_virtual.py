@@ -22,7 +22,7 @@ from kvmesh.v1.common_pb2 import SamplingParams
 from services.engine.sim.faults import Faults
 from services.engine.sim.runtime import SimRuntime
 from simulator.clock import Stuck, run
-from simulator.mesh import MeshTarget, SimMesh
+from simulator.mesh import Around, MeshTarget, SimMesh
 from simulator.network import Network
 from simulator.run import Choice, simulate
 
@@ -295,7 +295,7 @@ def with_stores(stores, strategy, memory=1 << 30, seed=3):
     profile = load_profile("tiny-cpu").replace(kv_tokens=8192)
     asks = synthetic(300, Length(1400), Length(6), seed=seed, prefix_tokens=1280, prefixes=16)
     load = Load(asks, arrivals.poisson(20, 300, seed), timeout=60)
-    return simulate(profile, 2, Choice.parse(strategy), load, seed, stores=stores, store_memory=memory)
+    return simulate(profile, 2, Choice.parse(strategy), load, seed, Around(stores=stores, store_memory=memory))
 
 
 def test_stores_give_what_engines_have_evicted():

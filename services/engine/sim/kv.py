@@ -224,12 +224,12 @@ class KvCache:
         return [block for node, _ in self._paths(self._root, np.empty(0, np.uint32)) for block in node.blocks]
 
     def _paths(self, node: Node, ids: Ids) -> Iterator[tuple[Node, Ids]]:
-        todo = [(node, ids)]
-        while todo:
-            at, before = todo.pop()
+        ahead = [(node, ids)]
+        while ahead:
+            at, before = ahead.pop()
             path = np.concatenate((before, at.tokens))
             yield at, path
-            todo += [(child, path) for child in at.children.values()]
+            ahead += [(child, path) for child in at.children.values()]
 
 
 def _hashes(ids: Ids) -> list[int]:

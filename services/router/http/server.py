@@ -17,6 +17,7 @@ from fastapi.security import HTTPBearer
 from starlette.exceptions import HTTPException
 
 from kvmesh import __version__
+from kvmesh.aio import Tasks
 from kvmesh.apikeys import ApiKeys
 from kvmesh.errors import Internal, InvalidArgument, MeshError, NotFound, Unavailable
 from kvmesh.grpcx import join_address, loopback, split_address
@@ -150,7 +151,9 @@ async def serving(
     )
     server = _Server(config)
     task = asyncio.create_task(server.serve([bound]), name="http")
-    keeping = asyncio.create_task(keep(lambda: config.ssl, certificate, key)) if certificate else None
+    keeping = Tasks()
+    if certificate:
+        keeping.start(keep(lambda: config.ssl, certificate, key), "renew certificates")
     try:
         up = asyncio.ensure_future(server.up.wait())
         await asyncio.wait({up, task}, return_when=asyncio.FIRST_COMPLETED)
@@ -160,8 +163,7 @@ async def serving(
             raise Unavailable(f"the HTTP server on {listen} ended at once")
         yield join_address(host, bound.getsockname()[1])
     finally:
-        if keeping is not None:
-            keeping.cancel()
+        await keeping.close()
         server.should_exit = True
         await asyncio.wait({task}, timeout=STOP_S + 1)
         if not task.done():
